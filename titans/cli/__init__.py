@@ -1,0 +1,1 @@
+"""The command line: ``titans <command>``, one module per command, imported only when its command is run."""

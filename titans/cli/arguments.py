@@ -1,0 +1,47 @@
+"""Typed arguments: a dataclass is a command's argument list (tyro), and a mistake in it is one line."""
+
+import contextlib
+import io
+from typing import TypeVar
+
+import tyro
+
+from titans.errors import UserError
+
+Arguments = TypeVar("Arguments")
+
+
+def parse_arguments(
+    kind: type[Arguments], argv: list[str], *, command: str, default: Arguments | None = None
+) -> Arguments:
+    """An instance of the dataclass ``kind`` filled from ``argv``.
+
+    Field docstrings are the help text. ``default`` (an instance) gives the values of the fields not named in
+    ``argv``: a recipe, for example. ``--help`` prints and raises ``SystemExit(0)``.
+
+    Raises:
+        UserError: an option is unknown, missing or has a value of the wrong type.
+    """
+    prog = f"titans {command}"
+    missing = tyro.MISSING_NONPROP if default is None else default
+    complaint = io.StringIO()
+    try:
+        # tyro prints its mistakes as boxes of several lines and exits: here they become one line, like all others.
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=argv, prog=prog, default=missing)
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+        raise UserError(f"{_one_line(complaint.getvalue())} (see {prog} --help)") from None
+
+
+def _one_line(box: str) -> str:
+    """The first part of tyro's error box, and the option that it proposes instead, without the frame."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    parts = " ".join("\0" if set(line) <= {"─"} else line for line in lines).split("\0")
+    message = " ".join(parts[0].split())
+    for part in parts[1:]:
+        words = part.split()
+        if words[:3] == ["Perhaps", "you", "meant:"] and len(words) > 3:
+            return f"{message}: did you mean {words[3]}?"
+    return message or "the arguments could not be read"
