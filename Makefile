@@ -56,8 +56,8 @@ bench: $(READY)
 		--no-build-isolation --editable '.[benchmark]'
 	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-lock: $(READY)
-	$(BIN)/python tools/lock.py
+lock:
+	$(PYTHON) tools/lock.py
 
 clean:
 	rm -rf $(VENV) build dist

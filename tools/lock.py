@@ -1,14 +1,15 @@
 """Resolves requirements.lock anew: ``make lock``.
 
 One file for every platform and Python 3.11 or later, with exact pins and no index or address in it. The
-resolver is uv, installed for this one purpose. torch's CUDA packages and Triton are left out: which of them
-fit is a property of the torch build (CPU builds have none), and pip takes them from torch's own metadata.
+resolver is uv, in an environment of its own that goes away. torch's CUDA packages and Triton are left out:
+which of them fit is a property of the torch build (CPU builds have none), and pip takes them from torch's own
+metadata.
 """
 
 import re
 import subprocess
-import sys
 import tempfile
+import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,11 +23,13 @@ HEADER = """\
 
 
 def main() -> None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "uv"], check=True)
     with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = str(Path(folder) / "bin" / "python")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "uv"], check=True)
         resolved = Path(folder) / "resolved.txt"
         command = [
-            sys.executable,
+            python,
             "-m",
             "uv",
             "pip",
