@@ -1,5 +1,6 @@
 """The documentation runs: Python blocks are executed, and the commands shown exist with the options shown."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -55,18 +56,20 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_commands_exist_with_their_options(page):
-    """Each ``titans COMMAND --option`` shown is one that ``titans COMMAND --help`` lists."""
+    """Each option shown is one that ``--help`` lists for the same command (and recipe)."""
     helps: dict[str, str] = {}
     for words in commands(page):
-        command = words[1]
-        if command not in helps:
-            run = [sys.executable, "-m", "titans.cli.main", command, "--help"]
+        # A command's options may depend on what it is given first, as a recipe's fields do.
+        given = list(itertools.takewhile(lambda word: not word.startswith("-"), words[1:]))
+        shown = " ".join(["titans", *given])
+        if shown not in helps:
+            run = [sys.executable, "-m", "titans.cli.main", *given, "--help"]
             done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, f"{name_of(page)}: titans {command} --help failed: {done.stderr}"
-            helps[command] = done.stdout
-        for option in (word.partition("=")[0] for word in words[2:] if re.match(r"--\w", word)):
-            known = re.search(rf"{re.escape(option)}(?![\w.-])", helps[command])
-            assert known, f"{name_of(page)}: titans {command} has no option {option}"
+            assert done.returncode == 0, f"{name_of(page)}: {shown} --help failed: {done.stderr}"
+            helps[shown] = done.stdout
+        for option in (word.partition("=")[0] for word in words[1:] if re.match(r"--\w", word)):
+            known = re.search(rf"{re.escape(option)}(?![\w.-])", helps[shown])
+            assert known, f"{name_of(page)}: {shown} has no option {option}"
 
 
 def test_the_fence_pattern_sees_blocks_and_skips(tmp_path):
