@@ -26,7 +26,7 @@ def parse_arguments(
     missing = tyro.MISSING_NONPROP if default is None else default
     complaint = io.StringIO()
     try:
-        # tyro prints its mistakes as boxes of several lines and exits: here they become one line, like all others.
+        # tyro prints mistakes as boxes of several lines and exits: here they become one line like all others.
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(kind, args=argv, prog=prog, default=missing)
     except SystemExit as exit_:

@@ -63,7 +63,9 @@ def _dispatch(words: list[str]) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        raise unknown_name("option" if name.startswith("-") else "command", name, COMMANDS)
+        if name.startswith("-"):
+            raise UserError(f"unknown option {name!r}: expected a command first (see titans --help)")
+        raise unknown_name("command", name, COMMANDS)
     module = _load(name)
     try:
         if hasattr(module, "parse"):

@@ -33,7 +33,7 @@ class Arguments:
     out: Path
     """The folder to make."""
     tokenizer: str = "bytes"
-    """bytes, or the path of a Hugging Face tokenizer (folder or tokenizer.json) or SentencePiece .model file."""
+    """bytes, or the path of a Hugging Face tokenizer (folder or tokenizer.json) or SentencePiece model."""
     format: Literal["auto", "text", "jsonl"] = "auto"
     """What the files and standard input hold; auto goes by the suffix."""
     text_field: str = "text"

@@ -1,7 +1,7 @@
 """Packed batches: windows of a token stream that keep their documents apart.
 
-A *fragment* is a run of tokens of one document inside one window: what a sequence is to the model. A document that
-is longer than a window is several fragments, and each starts from the initial memory.
+A *fragment* is a run of tokens of one document inside one window: what a sequence is to the model. A document
+that is longer than a window is several fragments, and each starts from the initial memory.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Window(NamedTuple):
 
 
 class PackedDataset(Dataset[Window]):
-    """The windows of exactly ``sequence_length`` tokens that tile a split; the last tokens that fill none are left.
+    """The windows of exactly ``sequence_length`` tokens that tile a split; a shorter rest is left out.
 
     ``dataset[i]`` depends on nothing but the arguments and ``i``: order and resumption are the sampler's.
 
@@ -73,8 +73,8 @@ class PackedCollator:
     """Windows -> the model's arguments; no fragment ever sees another.
 
     * Windows of equal length without boundaries: ``input_ids`` and ``labels`` [B, T].
-    * Otherwise all fragments of all windows in one row: ``input_ids`` and ``labels`` [1, total] and ``cu_seqlens``
-      int32 [N + 1], where fragment i is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
+    * Otherwise all fragments of all windows in one row: ``input_ids`` and ``labels`` [1, total] and
+      ``cu_seqlens`` int32 [N + 1], where fragment i is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
 
     ``labels`` are the ids (the model shifts them), but -100 at every fragment's first token, which has no
     predecessor to be predicted from.

@@ -26,7 +26,7 @@ def ngram_losses(train: TokenShards, validation: TokenShards) -> NgramLosses:
 
     Both score the same tokens: all but the first of each document, as a language model does that sees whole
     documents. The unigram is smoothed by adding one; the bigram is interpolated with it after Witten and Bell
-    (1991), ``p(b | a) = (n(a, b) + d(a) p(b)) / (n(a) + d(a))`` with d(a) the number of distinct successors of a.
+    (1991), ``p(b | a) = (n(a, b) + d(a) p(b)) / (n(a) + d(a))`` with d(a) the number of distinct successors.
 
     Raises:
         ValueError: the splits have different vocabularies, or no document of ``validation`` has two tokens.
@@ -41,8 +41,7 @@ def ngram_losses(train: TokenShards, validation: TokenShards) -> NgramLosses:
     if not len(held_codes):
         raise ValueError(f"{validation.folder}: no document of {validation.split!r} has two tokens")
 
-    unigram = np.bincount(codes % size, weights=counts, minlength=size) + 1
-    unigram /= unigram.sum()
+    unigram = (np.bincount(codes % size, weights=counts, minlength=size) + 1.0) / (counts.sum() + size)
     seen = np.bincount(codes // size, weights=counts, minlength=size)
     distinct = np.bincount(codes // size, minlength=size)
 
@@ -63,7 +62,7 @@ def _mean_loss(probabilities: FloatArray, counts: Int64Array) -> float:
 
 
 def _pair_counts(shards: TokenShards, size: int) -> tuple[Int64Array, Int64Array]:
-    """Codes ``a * size + b`` of the neighbours (a, b) within documents, ascending, and how often each occurs."""
+    """Codes ``a * size + b`` of the neighbours (a, b) within documents, ascending, and their counts."""
     dense = np.zeros(size * size, dtype=np.int64) if size <= _DENSE_VOCABULARY else None
     codes, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     last = np.empty(0, dtype=np.int64)  # the token before the block, whose pair would be lost otherwise

@@ -1,8 +1,8 @@
 """``prepare``: documents -> token shards, all or nothing.
 
-Tokens first go to one spool file in a hidden sibling of the target, then, when the documents' number and lengths
-are known, into the shards of their splits: copying tokens (GB/s) costs nothing beside making them (MB/s), and it
-makes the validation split exact without holding text in memory. The folder is renamed into place at the end.
+Tokens first go to one spool file in a hidden sibling of the target, then, when the documents' number and
+lengths are known, into the shards of their splits. Copying tokens (GB/s) costs nothing beside making them (MB/s)
+and makes the validation split exact without holding text in memory. The folder is renamed into place last.
 """
 
 import hashlib
@@ -185,10 +185,10 @@ def _tokenize(
                         tokens += 1
                 parts.append(ids)
                 tokens += len(ids)
-            file.write(np.concatenate(parts).astype(dtype))
+            file.write(np.concatenate(parts).astype(dtype).data)
             progress(len(starts), tokens, corpus.bytes_read)
         if boundary == "eos" and starts:
-            file.write(marker.astype(dtype))
+            file.write(marker.astype(dtype).data)
             tokens += 1
     if not tokens:
         empty = f" ({corpus.empty} empty ones)" if corpus.empty else ""

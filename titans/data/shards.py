@@ -26,7 +26,7 @@ VERSION = 1
 META = "meta.json"
 SPLITS = ("train", "val")
 DEFAULT_SHARD_SIZE = 1 << 27
-_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -137,8 +137,8 @@ class ShardWriter:
             room = self._shard_size - self._tokens
             inside = np.searchsorted(starts, room)  # documents that start before the shard is full
             block = np.ascontiguousarray(tokens[:room], dtype=self._dtype)
-            self._file.write(block)
-            self._digest.update(block)
+            self._file.write(block.data)
+            self._digest.update(block.data)
             self._starts.append(np.asarray(starts[:inside], dtype="<i8") + self._tokens)
             self._tokens += len(block)
             tokens, starts = tokens[room:], starts[inside:] - room
@@ -166,9 +166,9 @@ class ShardWriter:
         self._file.close()
         index = np.concatenate(self._starts).astype("<i8")
         with (self._folder / f"{self._name}.idx").open("wb") as file:
-            file.write(index)
+            file.write(index.data)
             _sync(file)
-        index_digest = hashlib.sha256(index).hexdigest()
+        index_digest = hashlib.sha256(index.data).hexdigest()
         self._shards.append(
             Shard(self._name, self._tokens, len(index), self._digest.hexdigest(), index_digest)
         )
@@ -274,6 +274,6 @@ def _expect_size(path: Path, expected: int) -> None:
 
 
 def _sync(file: IO[Any]) -> None:
-    """Onto the disk itself: the folder is renamed into place later, and its contents must be there by then."""
+    """Onto the disk itself: the folder is renamed into place later, with its contents there."""
     file.flush()
     os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Documents from wherever text lies: files, folders, archives, standard input, data set names, Python's own docs."""
+"""Documents from wherever text lies: files, folders, archives, standard input, data sets, Python's docs."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from titans.errors import UserError
 STDIN = "-"
 PYTHON_DOCS = "python-docs"
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
-# A text file of any size is read in constant memory: beyond this many characters its document comes in pieces.
+# A text file of any size is read in constant memory: beyond so many characters its document comes in pieces.
 PIECE_CHARACTERS = 1 << 22
 
 InputFormat = Literal["auto", "text", "jsonl"]
@@ -51,8 +51,9 @@ class Corpus:
 
     Args:
         sources: each a text file, a folder (all its files that are not hidden, in sorted order), a JSON lines
-            file (``.jsonl``, ``.ndjson``, ``.json``), one of those with ``.gz`` or ``.xz``, ``-`` for standard
-            input, ``python-docs`` for the documentation that CPython ships, or a Hugging Face data set's name.
+            file (``.jsonl``, ``.ndjson``, ``.json``), one of those with ``.gz`` or ``.xz``, ``-`` for
+            standard input, ``python-docs`` for the documentation that CPython ships, or a Hugging Face data
+            set's name (owner/name).
         text_field: the field of JSON lines and data sets that holds the text.
         input_format: what files and standard input hold; ``auto`` goes by the suffix.
         dataset_config, dataset_split: which part of a Hugging Face data set.
@@ -168,7 +169,7 @@ def _open_stdin() -> BinaryIO:
 
 
 class _PythonDocs:
-    """The language reference's topics that CPython ships for ``help()``: about 470 KB of text, always there."""
+    """The language reference's topics that CPython ships for ``help()``: about 470 KB of text."""
 
     def __init__(self) -> None:
         if importlib.util.find_spec("pydoc_data.topics") is None:

@@ -7,16 +7,12 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from titans.errors import UserError
 
 BLOCK_BYTES = 1 << 20
-_COMPRESSED: dict[str, Callable[[io.RawIOBase], BinaryIO]] = {
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
-    ".xz": lambda raw: lzma.LZMAFile(raw, "rb"),
-}
-COMPRESSED_SUFFIXES = frozenset(_COMPRESSED)
+COMPRESSED_SUFFIXES = (".gz", ".xz")
 
 
 class ByteStream:
@@ -45,18 +41,17 @@ class ByteStream:
         """
         taken = 0
         with self._open_raw() as raw:
-            counted = _Counting(raw, self._on_read)
-            opener = _COMPRESSED.get(self._suffix)
-            stream = opener(counted) if opener else counted
+            counted = cast(BinaryIO, _Counting(raw, self._on_read))
+            stream = _uncompressed(counted, self._suffix)
             while True:
                 try:
                     block = stream.read(size)
                 except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                    if opener is None:
+                    if stream is counted:
                         raise
                     # Both libraries say "ended before the end-of-stream marker" for a file cut short.
                     raise UserError(
-                        f"{self.name}: broken {self._suffix} archive after {taken} uncompressed bytes: {error}"
+                        f"{self.name}: broken {self._suffix} archive, {taken} bytes could be read: {error}"
                     ) from error
                 if not block:
                     return
@@ -101,7 +96,7 @@ class ByteStream:
 
 
 def not_utf8(name: str, offset: int, error: UnicodeDecodeError) -> UserError:
-    """The error for bytes that are not UTF-8, at ``offset`` bytes from the (uncompressed) start of ``name``."""
+    """The error for bytes that are not UTF-8, at ``offset`` in the (uncompressed) bytes of ``name``."""
     byte = error.object[error.start]
     hint = " (UTF-16? convert it to UTF-8)" if offset == 0 and byte in (0xFF, 0xFE) else ""
     return UserError(f"{name}: not UTF-8 text: byte 0x{byte:02x} at offset {offset}: {error.reason}{hint}")
@@ -113,7 +108,7 @@ def file_stream(path: Path, on_read: Callable[[int], None] = lambda n: None) -> 
 
 
 class _Counting(io.RawIOBase):
-    """Passes reads through and reports how many bytes went by, which is how progress knows archives' sizes."""
+    """Passes reads through and reports how many bytes went by, for progress within archives."""
 
     def __init__(self, raw: BinaryIO, on_read: Callable[[int], None]):
         self._raw = raw
@@ -126,6 +121,12 @@ class _Counting(io.RawIOBase):
         block = self._raw.read(size)
         self._on_read(len(block))
         return block
+
+
+def _uncompressed(raw: BinaryIO, suffix: str) -> BinaryIO | gzip.GzipFile | lzma.LZMAFile:
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw, mode="rb")
+    return lzma.LZMAFile(raw) if suffix == ".xz" else raw
 
 
 def _with_end(blocks: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:

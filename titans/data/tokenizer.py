@@ -1,6 +1,6 @@
-"""Tokenizers: bytes, any Hugging Face tokenizer, any SentencePiece model; saved beside shards and checkpoints.
+"""Tokenizers: bytes, any Hugging Face tokenizer, any SentencePiece model; saved with shards and checkpoints.
 
-All are transformers tokenizers, so that ``Trainer(processing_class=...)``, padding and ``generate`` work with them.
+All are transformers tokenizers: ``Trainer(processing_class=...)``, padding and ``generate`` work with them.
 """
 
 import json
@@ -23,13 +23,13 @@ TokenIds = npt.NDArray[np.integer[Any]]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Ids 0..255 are the bytes of the UTF-8 text, 256 is <bos>, 257 <eos>, 258 <pad>; padding goes to the left.
+    """Ids 0..255 are the bytes of the UTF-8 text, 256 is <bos>, 257 <eos>, 258 <pad>; padding goes left.
 
     ``tokenizer(text)`` puts <bos> first, as training does. "<bos>" written in a text is five bytes, not the
     token: text cannot forge a document boundary. Bytes that are no UTF-8 decode to U+FFFD.
 
-    It is an ordinary Hugging Face tokenizer without merges (not a class of ours), so ``AutoTokenizer`` loads a
-    saved one where this package is not installed.
+    It is an ordinary Hugging Face tokenizer without merges (not a class of ours), so ``AutoTokenizer`` loads
+    a saved one where this package is not installed.
     """
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
     vocabulary |= {token: 256 + i for i, token in enumerate(_SPECIAL.values())}
