@@ -1,0 +1,179 @@
+"""The chunked implementation as two registered operators and one autograd function.
+
+The operators are opaque to `torch.compile` (their fakes know the shapes), so a compiled model keeps one graph;
+the autograd function around them is traced. Lists are flat because both sides want plain tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans.ops.chunked.group import ChunkedInputs
+from titans.ops.chunked.passes import ChunkedResult, backward_pass, forward_pass, kept_cells
+from titans.ops.spec import MemorySpec, MemoryState
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor theta, Tensor[] log_decay, Tensor? log_momentum, "
+    "Tensor[] weights, Tensor[] momentum, Tensor[] anchor, Tensor position, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? cu_seqlens, "
+    "int depth, int expansion, str activation, bool residual, bool norm, int chunk_size"
+)
+
+
+def _inputs(*arguments: Any) -> ChunkedInputs:
+    *tensors, depth, expansion, activation, residual, norm, chunk_size = arguments
+    spec = MemorySpec(tensors[0].shape[-1], depth, expansion, activation, residual, norm)
+    return ChunkedInputs(*tensors, spec=spec, chunk_size=chunk_size)
+
+
+def _like(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in tensors]
+
+
+def chunked_forward(*arguments: Any) -> list[Tensor]:
+    """output, L weights, L or no momentum, L anchor, then the kept states of weights and of momentum."""
+    *arguments, keep = arguments
+    result = forward_pass(_inputs(*arguments), keep)
+    states = [*result.weights, *result.momentum, *result.anchor]
+    return [result.output, *states, *result.kept_weights, *result.kept_momentum]
+
+
+def _fake_forward(*arguments: Any) -> list[Tensor]:
+    *arguments, keep = arguments
+    x = _inputs(*arguments)
+    cells = kept_cells(x.q.shape[0] * x.q.shape[1], x.position.shape[0], x.chunk_size) if keep else 0
+    kept = [state.new_empty((cells, *state.shape[1:])) for state in [*x.weights, *x.momentum]]
+    return [x.v.new_empty(x.v.shape), *_like([*x.weights, *x.momentum, *x.anchor]), *kept]
+
+
+def chunked_backward(*arguments: Any) -> list[Tensor]:
+    """Gradients of q, k, v, theta, log_decay.., log_momentum, weights.., momentum.., anchor.., norm_weight,
+    norm_bias, in this order; the optional ones only where they were given."""
+    *arguments, kept, grad_output, grad_states = arguments
+    x = _inputs(*arguments)
+    depth, momentum = len(x.weights), len(x.momentum)
+    result = ChunkedResult(grad_output, [], [], [], kept[:depth], kept[depth:])
+    grads = backward_pass(
+        x,
+        result,
+        grad_output,
+        (grad_states[:depth], grad_states[depth : depth + momentum], grad_states[depth + momentum :]),
+    )
+    found = [
+        *(grads.q, grads.k, grads.v, grads.theta, *grads.log_decay, grads.log_momentum),
+        *(*grads.weights, *grads.momentum, *grads.anchor, grads.norm_weight, grads.norm_bias),
+    ]
+    return [grad for grad in found if grad is not None]
+
+
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    x = _inputs(*arguments[:-3])
+    given = [
+        *(x.q, x.k, x.v, x.theta, *x.log_decay, x.log_momentum),
+        *(*x.weights, *x.momentum, *x.anchor, x.norm_weight, x.norm_bias),
+    ]
+    return _like([tensor for tensor in given if tensor is not None])
+
+
+_forward = torch.library.custom_op(
+    "titans::chunked_forward", chunked_forward, mutates_args=(), schema=f"({_ARGUMENTS}, bool keep) -> Tensor[]"
+)
+_forward.register_fake(_fake_forward)
+_backward = torch.library.custom_op(
+    "titans::chunked_backward",
+    chunked_backward,
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, Tensor[] kept, Tensor grad_output, Tensor[] grad_states) -> Tensor[]",
+)
+_backward.register_fake(_fake_backward)
+
+
+class _Chunked(torch.autograd.Function):
+    """`lists` is log_decay.., weights.., momentum.., anchor..; `lengths` says how many of each."""
+
+    @staticmethod
+    def forward(ctx: Any, settings, lengths, keep, q, k, v, theta, log_momentum, position, norm_weight, norm_bias, cu_seqlens, *lists):  # type: ignore[no-untyped-def]  # noqa: E501
+        log_decay, weights, momentum, anchor = _split(lists, lengths)
+        arguments = (
+            *(q, k, v, theta, log_decay, log_momentum, weights, momentum, anchor),
+            *(position, norm_weight, norm_bias, cu_seqlens),
+        )
+        results = _forward(*arguments, *settings, keep)
+        states = 1 + len(weights) + len(momentum) + len(anchor)
+        ctx.save_for_backward(
+            *(q, k, v, theta, log_momentum, position, norm_weight, norm_bias, cu_seqlens),
+            *lists,
+            *results[states:],
+        )
+        ctx.settings, ctx.lengths = settings, lengths
+        return tuple(results[:states])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *grad_states: Tensor):  # type: ignore[no-untyped-def]
+        q, k, v, theta, log_momentum, position, norm_weight, norm_bias, cu_seqlens, *rest = ctx.saved_tensors
+        lists, kept = rest[: sum(ctx.lengths)], rest[sum(ctx.lengths) :]
+        log_decay, weights, momentum, anchor = _split(lists, ctx.lengths)
+        arguments = (
+            *(q, k, v, theta, log_decay, log_momentum, weights, momentum, anchor),
+            *(position, norm_weight, norm_bias, cu_seqlens),
+        )
+        grads = list(_backward(*arguments, *ctx.settings, kept, grad_output, list(grad_states)))
+        grad_q, grad_k, grad_v, grad_theta, *grads = grads
+        grad_decay, grads = grads[: len(log_decay)], grads[len(log_decay) :]
+        grad_momentum_gate = grads.pop(0) if log_momentum is not None else None
+        grad_bias = grads.pop() if norm_bias is not None else None
+        grad_weight = grads.pop() if norm_weight is not None else None
+        return (
+            *(None, None, None, grad_q, grad_k, grad_v, grad_theta, grad_momentum_gate),
+            *(None, grad_weight, grad_bias, None, *grad_decay, *grads),
+        )
+
+
+def _split(lists: Any, lengths: tuple[int, ...]) -> list[list[Tensor]]:
+    parts, start = [], 0
+    for length in lengths:
+        parts.append(list(lists[start : start + length]))
+        start += length
+    return parts
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    log_decay: Tensor | tuple[Tensor, ...],
+    log_momentum: Tensor | None,
+    state: MemoryState,
+    spec: MemorySpec,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, MemoryState]:
+    """`neural_memory` in the dual form (paper sec. 3.2), forward and backward by hand."""
+
+    def with_layers(gate: Tensor) -> Tensor:
+        return gate.unsqueeze(-1) if gate.dim() == 3 else gate
+
+    decays = list(log_decay) if isinstance(log_decay, tuple) else [with_layers(log_decay)]
+    momentum = list(state.momentum) if log_momentum is not None else []
+    theta = with_layers(theta)
+    log_momentum = None if log_momentum is None else with_layers(log_momentum)
+    lists = [*decays, *state.weights, *momentum, *state.anchor]
+    tensors = [q, k, v, theta, *lists, log_momentum, norm_weight, norm_bias]
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    settings = (spec.depth, spec.expansion, spec.activation, spec.residual, spec.norm, chunk_size)
+    lengths = (len(decays), spec.depth, len(momentum), spec.depth)
+    output, *states = _Chunked.apply(
+        *(settings, lengths, keep, q, k, v, theta, log_momentum, state.position),
+        *(norm_weight, norm_bias, cu_seqlens, *lists),
+    )
+    weights, new_momentum, anchor = _split(states, lengths[1:])
+    tokens = q.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+    position = ((state.position + tokens) % chunk_size).to(torch.int32)
+    kept_momentum = tuple(new_momentum) if momentum else state.momentum
+    return output, MemoryState(tuple(weights), kept_momentum, tuple(anchor), position)
