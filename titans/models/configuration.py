@@ -1,0 +1,172 @@
+"""`TitansConfig`: every size and switch of a model, flat, in transformers' form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from titans.errors import unknown_name
+from titans.nn import GateSpec, NeuralMemorySpec
+from titans.ops import MemorySpec
+
+VARIANTS = ("lmm", "mac", "mag", "mal", "attention")
+
+# Blocks, hidden size, heads, width of the MLP. The first three are the paper's table, but for 400m (which it does not have) and tiny. Widths of the
+# MLP are ours: 8/3 of the hidden size rounded to 64, wider where that brings the count of a `mac` with
+# 32,000 tied tokens nearer to the name.
+SIZES = {
+    "tiny": (4, 128, 4, 384),
+    "170m": (12, 768, 16, 2048),
+    "340m": (24, 1024, 16, 2752),
+    "400m": (24, 1024, 16, 2752),
+    "760m": (24, 1536, 16, 4096),
+    "1.3b": (18, 2048, 8, 5440),
+}
+SIZE_FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+# The rest of "tiny", for tests and the demo: lengths at which every boundary is met within 100 tokens.
+TINY_FIELDS = {"memory_head_dim": 32, "segment_size": 64, "window_size": 64, "num_persistent_tokens": 4}
+
+
+class TitansConfig(PreTrainedConfig):
+    """Configuration of `TitansModel` and `TitansForCausalLM`.
+
+    vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, rms_norm_eps,
+    rope_theta, initializer_range, tie_word_embeddings, use_cache: as in Llama.
+
+    variant: the mixer of every block. "lmm": the memory alone. "mac": memory as context. "mag": memory as
+        gate. "mal": memory as layer. "attention": no memory, the baseline.
+    memory_head_dim: width of a memory head; memory heads = hidden_size / memory_head_dim.
+    memory_depth, memory_expansion, memory_activation, memory_residual, memory_norm: the memory network,
+        see `MemorySpec`. None: on for depth >= 2.
+    memory_momentum, memory_momentum_init, memory_gates_per_layer, memory_forget_gate, memory_step_gate,
+        memory_max_step: its gates, see `GateSpec`.
+    conv_size: width of the causal depthwise convolution after q, k and v.
+    chunk_size: tokens whose inner gradients are taken at the same weights.
+    segment_size: tokens that attend to one another in "mac"; a multiple of chunk_size.
+    window_size: sliding window of "mag", "mal" and "attention"; None: full attention.
+    num_persistent_tokens: learned, input-independent tokens of each block.
+    """
+
+    model_type = "titans"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers declares it so)
+
+    variant: str = "mac"
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = None
+
+    memory_head_dim: int = 64
+    memory_depth: int = 2
+    memory_expansion: int = 4
+    memory_activation: str = "gelu"
+    memory_residual: bool | None = None
+    memory_norm: bool | None = None
+    memory_momentum: bool = True
+    memory_momentum_init: float = 0.5
+    memory_gates_per_layer: bool = True
+    memory_forget_gate: str = "rectified"
+    memory_step_gate: str = "sigmoid"
+    memory_max_step: float = 0.5
+    conv_size: int = 4
+    chunk_size: int = 16
+    segment_size: int = 512
+    window_size: int | None = 2048
+    num_persistent_tokens: int = 128
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @classmethod
+    def named(cls, size: str, **overrides: Any) -> TitansConfig:
+        """The configuration of a named size (`tiny`, `170m`, `340m`, `400m`, `760m`, `1.3b`).
+
+        Any field can be overridden: `TitansConfig.named("tiny", variant="mag", vocab_size=259)`.
+        """
+        if size not in SIZES:
+            raise unknown_name("model size", size, SIZES)
+        fields = dict(zip(SIZE_FIELDS, SIZES[size], strict=True))
+        return cls(**{**fields, **(TINY_FIELDS if size == "tiny" else {}), **overrides})
+
+    @property
+    def memory_spec(self) -> NeuralMemorySpec:
+        """What the memory layer is built from."""
+        return NeuralMemorySpec(
+            hidden_size=self.hidden_size,
+            memory=MemorySpec(
+                dim=self.memory_head_dim,
+                depth=self.memory_depth,
+                expansion=self.memory_expansion,
+                activation=self.memory_activation,  # type: ignore[arg-type]  # checked by MemorySpec
+                residual=self.memory_residual,
+                norm=self.memory_norm,
+            ),
+            gates=GateSpec(
+                momentum=self.memory_momentum,
+                momentum_init=self.memory_momentum_init,
+                per_layer=self.memory_gates_per_layer,
+                forget=self.memory_forget_gate,  # type: ignore[arg-type]  # checked by GateSpec
+                step=self.memory_step_gate,  # type: ignore[arg-type]
+                max_step=self.memory_max_step,
+            ),
+            chunk_size=self.chunk_size,
+            conv_size=self.conv_size,
+            norm_eps=self.rms_norm_eps,
+        )
+
+    def _check(self) -> None:
+        """Raise `ValueError` for a configuration that cannot be built, naming the numbers."""
+        if self.variant not in VARIANTS:
+            raise unknown_name("variant", self.variant, VARIANTS)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "memory_head_dim",
+            "conv_size",
+            "chunk_size",
+            "segment_size",
+        ):
+            _expect_integer(name, getattr(self, name), minimum=1)
+        _expect_integer("num_persistent_tokens", self.num_persistent_tokens, minimum=0)
+        if self.window_size is not None:
+            _expect_integer("window_size", self.window_size, minimum=1)
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be an even multiple of num_attention_heads "
+                f"({self.num_attention_heads}): RoPE turns pairs of channels"
+            )
+        if self.hidden_size % self.memory_head_dim:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of memory_head_dim "
+                f"({self.memory_head_dim})"
+            )
+        if self.segment_size % self.chunk_size:
+            raise ValueError(
+                f"segment_size ({self.segment_size}) must be a multiple of chunk_size ({self.chunk_size})"
+            )
+        if self.window_size is None and self.variant in ("mag", "mal"):
+            raise ValueError(
+                f"window_size must be an integer for variant {self.variant!r}, got None: its attention "
+                "slides so that a stream needs constant memory"
+            )
+        if self.variant != "attention":
+            assert self.memory_spec  # builds MemorySpec and GateSpec, which check their own fields
+
+
+def _expect_integer(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")

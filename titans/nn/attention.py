@@ -1,0 +1,260 @@
+"""Causal attention, sliding or full, behind an always visible prefix of persistent tokens.
+
+Nothing depends on absolute positions: the state keeps keys unrotated, angles are indices in the buffer at
+hand, and scores against the prefix use neither rotation.
+
+Shape suffixes: B rows, H heads, T tokens, P tokens kept from the past, N prefix tokens, W window,
+D width of a head, C = H x D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans.nn.rope import RotaryTable
+from titans.nn.rows import Rows
+
+
+class Prefix(NamedTuple):
+    """Keys and values of the persistent tokens, `[H, N, D]`, the same for every row."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Unrotated keys and values of the last tokens, `[B, H, P, D]`, right-aligned.
+
+    counts: valid columns of each row, on the host; one number when all rows have P of them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    prefix: Prefix | None
+    counts: int | tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[0]
+
+    def select(self, rows: Tensor) -> AttentionState:
+        counts = self.counts
+        if not isinstance(counts, int):
+            counts = tuple(counts[row] for row in rows.tolist())
+        return AttentionState(
+            self.keys.index_select(0, rows), self.values.index_select(0, rows), self.prefix, counts
+        )
+
+    def detach(self) -> AttentionState:
+        prefix = None if self.prefix is None else Prefix(*(part.detach() for part in self.prefix))
+        return AttentionState(self.keys.detach(), self.values.detach(), prefix, self.counts)
+
+
+class Attention(nn.Module):
+    """Projections and the score product that sliding attention and MAC's segments share."""
+
+    def __init__(self, hidden_size: int, heads: int, rope_theta: float) -> None:
+        super().__init__()
+        if hidden_size % (2 * heads):
+            raise ValueError(
+                f"hidden_size ({hidden_size}) must be an even multiple of the attention heads ({heads})"
+            )
+        self.heads = heads
+        self.head_dim = hidden_size // heads
+        self.rope_theta = rope_theta
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def prefix(self, persistent: Tensor | None) -> Prefix | None:
+        """Keys and values of persistent tokens `[N, C]`; None when there are none."""
+        if persistent is None:
+            return None
+        persistent = persistent.to(self.k_proj.weight.dtype)
+        return Prefix(
+            self.split(self.k_proj(persistent)[None])[0], self.split(self.v_proj(persistent)[None])[0]
+        )
+
+    def split(self, x_BTC: Tensor) -> Tensor:
+        """`[B, T, C]` -> `[B, H, T, D]`."""
+        return x_BTC.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+    def merge(self, x_BHTD: Tensor) -> Tensor:
+        """`[B, H, T, D]` -> `[B, T, C]`."""
+        return x_BHTD.transpose(1, 2).flatten(2)
+
+    def rotary(self, length: int, like: Tensor) -> RotaryTable:
+        return RotaryTable(length, self.head_dim, self.rope_theta, like)
+
+    def scores(
+        self,
+        q: Tensor,
+        q_rotated: Tensor,
+        k_rotated: Tensor,
+        values: Tensor,
+        prefix: Prefix | None,
+        mask: Tensor | None,
+        causal: bool = False,
+    ) -> Tensor:
+        """softmax(scores) values for queries `[B, H, T, D]`; mask `[.., T, keys]`, True = visible.
+
+        The prefix is matched by unrotated queries, the rest by rotated ones. One kernel does both: side by
+        side, `[rotated, plain]` queries meet `[rotated, 0]` keys and `[0, plain]` prefix keys.
+        """
+        scale = self.head_dim**-0.5
+        if prefix is None:
+            return F.scaled_dot_product_attention(
+                q_rotated, k_rotated, values, attn_mask=mask, is_causal=causal, scale=scale
+            )
+        batch, length = q.shape[0], prefix.keys.shape[1]
+        zeros = torch.zeros_like(k_rotated)
+        prefix_keys = F.pad(prefix.keys.to(k_rotated.dtype), (self.head_dim, 0)).expand(batch, -1, -1, -1)
+        keys = torch.cat([prefix_keys, torch.cat([k_rotated, zeros], dim=-1)], dim=2)
+        prefix_values = prefix.values.to(values.dtype).expand(batch, -1, -1, -1)
+        if causal:
+            assert mask is None
+            tokens = q.shape[2]
+            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        return F.scaled_dot_product_attention(
+            torch.cat([q_rotated, q], dim=-1),
+            keys,
+            torch.cat([prefix_values, values], dim=2),
+            attn_mask=None if mask is None else F.pad(mask, (length, 0), value=True),
+            scale=scale,
+        )
+
+
+class SlidingAttention(Attention):
+    """Every token sees the prefix, itself and the `window - 1` tokens before it (all of them: None)."""
+
+    def __init__(self, hidden_size: int, heads: int, rope_theta: float, window: int | None) -> None:
+        super().__init__(hidden_size, heads, rope_theta)
+        self.window = window
+
+    def initial_state(self, batch: int, persistent: Tensor | None = None) -> AttentionState:
+        """Nothing seen yet; persistent `[N, C]` becomes the prefix."""
+        nothing = self.k_proj.weight.new_empty(batch, self.heads, 0, self.head_dim)
+        return AttentionState(nothing, nothing, self.prefix(persistent), 0)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None, rows: Rows | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """x `[B, T, C]`, or packed `[1, total, C]` with `rows`; the output has the shape of x."""
+        if state is None:
+            state = self.initial_state(x.shape[0] if rows is None else len(rows))
+        projected = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        if rows is not None:
+            projected = [rows.pad(stream) for stream in projected]
+        q, k, v = (self.split(stream) for stream in projected)
+        past, tokens = state.keys.shape[2], q.shape[2]
+        keys = torch.cat([state.keys.to(k.dtype), k], dim=2)
+        values = torch.cat([state.values.to(v.dtype), v], dim=2)
+        first = tokens if self.window is None else min(tokens, self.window)
+        output = self._attend_past(
+            q[:, :, :first], keys[:, :, : past + first], values[:, :, : past + first], state
+        )
+        if tokens > first:
+            rest = self._attend_blocks(q[:, :, first:], keys[:, :, past:], values[:, :, past:], state.prefix)
+            output = torch.cat([output, rest], dim=2)
+        merged = self.merge(output)
+        if rows is not None:
+            merged = rows.pack(merged)
+        return self.o_proj(merged), self._advance(state, keys, values, rows)
+
+    def _attend_past(self, q: Tensor, keys: Tensor, values: Tensor, state: AttentionState) -> Tensor:
+        """Queries that stand at the end of the keys `[B, H, P + T, D]`, T at most one window."""
+        tokens, length = q.shape[2], keys.shape[2]
+        past = length - tokens
+        rotary = self.rotary(length, q)
+        full = isinstance(state.counts, int)
+        if full and past == 0:  # as many keys as queries: plain causal attention, the kernel's fast path
+            mask, causal = None, True
+        elif full and tokens == 1 and (self.window is None or length <= self.window):
+            mask, causal = None, False
+        else:
+            distance = torch.arange(past, length, device=q.device)[:, None] - torch.arange(
+                length, device=q.device
+            )
+            mask, causal = distance >= 0, False
+            if self.window is not None:
+                mask &= distance < self.window
+            if not isinstance(state.counts, int):
+                oldest = torch.tensor([past - count for count in state.counts], device=q.device)
+                valid = torch.arange(length, device=q.device) >= oldest[:, None]
+                mask = mask & valid[:, None, None, :]
+        return self.scores(q, rotary.rotate(q, past), rotary.rotate(keys), values, state.prefix, mask, causal)
+
+    def _attend_blocks(self, q: Tensor, keys: Tensor, values: Tensor, prefix: Prefix | None) -> Tensor:
+        """Queries W .. T-1 of keys 0 .. T-1, in blocks of W queries against two blocks of keys.
+
+        Memory and time are linear in T. Zeros fill the last block; they lie to the right of every token.
+        """
+        window = self.window
+        assert window is not None
+        batch, tokens = q.shape[0], q.shape[2]
+        blocks = -(-tokens // window)
+        fill = blocks * window - tokens
+
+        def block_pairs(x: Tensor) -> Tensor:
+            x = F.pad(x, (0, 0, 0, fill)).unflatten(2, (blocks + 1, window))
+            return torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3).transpose(1, 2).flatten(0, 1)
+
+        q_blocks = F.pad(q, (0, 0, 0, fill)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
+        k_pairs, v_pairs = block_pairs(keys), block_pairs(values)
+        rotary = self.rotary(2 * window, q)
+        distance = torch.arange(window, 2 * window, device=q.device)[:, None] - torch.arange(
+            2 * window, device=q.device
+        )
+        output = self.scores(
+            q_blocks,
+            rotary.rotate(q_blocks, window),
+            rotary.rotate(k_pairs),
+            v_pairs,
+            prefix,
+            (distance >= 0) & (distance < window),
+        )
+        output = output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
+        return output[:, :, :tokens]
+
+    def _advance(
+        self, state: AttentionState, keys: Tensor, values: Tensor, rows: Rows | None
+    ) -> AttentionState:
+        """Keep of each row what its next token can see."""
+        reach = keys.shape[2] if self.window is None else self.window - 1
+        past = state.keys.shape[2]
+        if rows is None:
+            counts = state.counts
+            tokens = keys.shape[2] - past
+            if isinstance(counts, int):
+                keep = min(past + tokens, reach)
+                kept: int | tuple[int, ...] = keep
+            else:
+                kept = tuple(min(count + tokens, reach) for count in counts)
+                keep = max(kept)
+            start = keys.shape[2] - keep
+            return AttentionState(keys[:, :, start:], values[:, :, start:], state.prefix, _uniform(kept))
+        before = (state.counts,) * len(rows) if isinstance(state.counts, int) else state.counts
+        seen = [count + length for count, length in zip(before, rows.lengths, strict=True)]
+        kept = tuple(min(count, reach) for count in seen)
+        keep = max(kept)
+        # Row b's tokens end at column past + length_b; the columns before a short row's first are any.
+        columns = [[max(past + length - keep + i, 0) for i in range(keep)] for length in rows.lengths]
+        index = torch.tensor(columns, dtype=torch.long, device=keys.device).view(len(rows), 1, keep, 1)
+        index = index.expand(-1, self.heads, -1, self.head_dim)
+        return AttentionState(keys.gather(2, index), values.gather(2, index), state.prefix, _uniform(kept))
+
+
+def _uniform(counts: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """One number when all rows agree: then no column is masked and the masks can be left out."""
+    return counts[0] if isinstance(counts, tuple) and len(set(counts)) == 1 else counts

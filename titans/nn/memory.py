@@ -1,0 +1,221 @@
+"""The memory as a layer: projections, convolution, gates, the op, and the way back (paper sec. 4.4).
+
+Shape suffixes: B rows, T tokens, H memory heads, D width of a head, C = H x D channels (hidden size).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans.nn.conv import ShortConv
+from titans.nn.gates import Gates, GateSpec, MemoryGates
+from titans.nn.norms import RMSNorm, l2_normalize
+from titans.nn.precision import FullPrecision, at_least_fp32
+from titans.nn.rows import Rows
+from titans.ops import MemorySpec, MemoryState, neural_memory, read_memory
+
+
+@dataclass(frozen=True)
+class NeuralMemorySpec:
+    """Sizes of the layer; memory heads = hidden_size / memory.dim."""
+
+    hidden_size: int
+    memory: MemorySpec
+    gates: GateSpec = field(default_factory=GateSpec)
+    chunk_size: int = 16
+    conv_size: int = 4
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.memory.dim:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of the memory's head width "
+                f"({self.memory.dim})"
+            )
+
+    @property
+    def heads(self) -> int:
+        return self.hidden_size // self.memory.dim
+
+
+@dataclass(frozen=True)
+class NeuralMemoryState:
+    """The memory and the last `conv_size - 1` projected inputs of q, k and v, each `[B, W - 1, C]`."""
+
+    memory: MemoryState
+    query_tail: Tensor
+    key_tail: Tensor
+    value_tail: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.memory.position.device
+
+    @property
+    def batch(self) -> int:
+        return self.memory.batch
+
+    def select(self, rows: Tensor) -> NeuralMemoryState:
+        return NeuralMemoryState(
+            self.memory.select(rows),
+            self.query_tail.index_select(0, rows),
+            self.key_tail.index_select(0, rows),
+            self.value_tail.index_select(0, rows),
+        )
+
+    def expand(self, batch: int) -> NeuralMemoryState:
+        """A one-row state in `batch` rows; gradients of all rows add up in it."""
+        return NeuralMemoryState(
+            self.memory.expand(batch),
+            self.query_tail.expand(batch, -1, -1),
+            self.key_tail.expand(batch, -1, -1),
+            self.value_tail.expand(batch, -1, -1),
+        )
+
+    def detach(self) -> NeuralMemoryState:
+        return NeuralMemoryState(
+            self.memory.detach(), self.query_tail.detach(), self.key_tail.detach(), self.value_tail.detach()
+        )
+
+
+class InitialMemory(FullPrecision):
+    """What every sequence starts with: `M_0`, one per head, and the gain and bias of the memory's LN.
+
+    Slow parameters, kept in at least fp32 because the memory computes in it.
+    """
+
+    def __init__(self, heads: int, spec: MemorySpec) -> None:
+        super().__init__()
+        dtype = at_least_fp32(torch.get_default_dtype())
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(heads, *shape, dtype=dtype)) for shape in spec.layer_shapes
+        )
+        affine = [
+            nn.Parameter(torch.empty(heads, spec.dim, dtype=dtype)) if spec.norm else None for _ in "ab"
+        ]
+        self.norm_weight, self.norm_bias = affine
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        # A hidden layer keeps the scale of its input; zeros would leave two layers without a gradient.
+        for weight in self.weights:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        if self.norm_weight is not None and self.norm_bias is not None:
+            nn.init.ones_(self.norm_weight)
+            nn.init.zeros_(self.norm_bias)
+
+    def state(self, batch: int) -> MemoryState:
+        return MemoryState.initial(tuple(self.weights), batch=batch)
+
+
+class MemoryCore(nn.Module):
+    """q, k, v -> conv -> SiLU -> l2 norm of q, k -> gates -> memory: all of the layer but its way out.
+
+    MAC reads one stream and writes another with the same projections, so the steps are methods of their
+    own: `project_query`, `project_write`, `read`, `write`.
+    """
+
+    def __init__(self, spec: NeuralMemorySpec) -> None:
+        super().__init__()
+        size = spec.hidden_size
+        self.spec = spec
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
+        self.q_conv = ShortConv(size, spec.conv_size)
+        self.k_conv = ShortConv(size, spec.conv_size)
+        self.v_conv = ShortConv(size, spec.conv_size)
+        self.gates = MemoryGates(size, spec.heads, spec.memory.depth, spec.gates)
+        self.initial = InitialMemory(spec.heads, spec.memory)
+
+    def initial_state(self, batch: int) -> NeuralMemoryState:
+        """Before the first token: `M_0` in every row, no momentum, empty convolutions."""
+        return NeuralMemoryState(
+            self.initial.state(batch),
+            self.q_conv.initial_tail(batch),
+            self.k_conv.initial_tail(batch),
+            self.v_conv.initial_tail(batch),
+        )
+
+    def retrieve(
+        self, x: Tensor, state: NeuralMemoryState | None = None, rows: Rows | None = None
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """Write x `[B, T, C]` and read just after every token: `[B, T, H, D]`, and the new state.
+
+        With `rows`, x is packed `[1, total, C]` and the state has one row for each of them.
+        """
+        if state is None:
+            state = self.initial_state(x.shape[0] if rows is None else len(rows))
+        (q, k, v), state = self.project_write(x, state, rows)
+        return self.write(q, k, v, self.gates(x), state, rows)
+
+    def project_query(self, x: Tensor, tail: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+        """Queries `[B, T, H, D]` of unit length and the convolution's new tail."""
+        q, tail = self.q_conv(self.q_proj(x), tail, rows)
+        return l2_normalize(self._heads(F.silu(q))), tail
+
+    def project_write(
+        self, x: Tensor, state: NeuralMemoryState, rows: Rows | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], NeuralMemoryState]:
+        """(q, k, v), each `[B, T, H, D]`, and the state with its tails moved on."""
+        q, query_tail = self.project_query(x, state.query_tail, rows)
+        k, key_tail = self.k_conv(self.k_proj(x), state.key_tail, rows)
+        v, value_tail = self.v_conv(self.v_proj(x), state.value_tail, rows)
+        keys = l2_normalize(self._heads(F.silu(k)))
+        moved = replace(state, query_tail=query_tail, key_tail=key_tail, value_tail=value_tail)
+        return (q, keys, self._heads(F.silu(v))), moved
+
+    def write(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates,
+        state: NeuralMemoryState,
+        rows: Rows | None = None,
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """The op: `[B, T, H, D]` read just after each write, and the memory after the last token."""
+        output, memory = neural_memory(
+            q,
+            k,
+            v,
+            theta=gates.theta,
+            log_decay=gates.log_decay,
+            log_momentum=gates.log_momentum,
+            state=state.memory,
+            spec=self.spec.memory,
+            norm_weight=self.initial.norm_weight,
+            norm_bias=self.initial.norm_bias,
+            chunk_size=self.spec.chunk_size,
+            cu_seqlens=None if rows is None else rows.cu_seqlens,
+        )
+        return output, replace(state, memory=memory)
+
+    def read(self, q: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        """Retrieval with fixed weights (L tensors `[B, H, D_in, D_out]`): `[B, T, H, D]`."""
+        return read_memory(q, weights, self.spec.memory, self.initial.norm_weight, self.initial.norm_bias)
+
+    def _heads(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC.unflatten(-1, (self.spec.heads, self.spec.memory.dim))
+
+
+class NeuralMemory(MemoryCore):
+    """The memory as a layer of its own: `MemoryCore` -> RMSNorm per head -> gate -> output projection."""
+
+    def __init__(self, spec: NeuralMemorySpec) -> None:
+        super().__init__(spec)
+        self.norm = RMSNorm(spec.memory.dim, spec.norm_eps, heads=spec.heads)
+        self.gate_proj = nn.Linear(spec.hidden_size, spec.hidden_size, bias=False)
+        self.o_proj = nn.Linear(spec.hidden_size, spec.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, state: NeuralMemoryState | None = None, rows: Rows | None = None
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """x `[B, T, C]`, or packed `[1, total, C]` with `rows`; the output has the shape of x."""
+        output, state = self.retrieve(x, state, rows)
+        merged = self.norm(output).flatten(2)
+        return self.o_proj(merged * F.silu(self.gate_proj(x))), state

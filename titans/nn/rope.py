@@ -1,0 +1,33 @@
+"""Rotary positions by index in a local buffer: only distances between tokens matter.
+
+Shape suffixes: T tokens, D width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans.nn.precision import at_least_fp32
+
+
+class RotaryTable:
+    """cos and sin of the angles at positions 0 .. T-1, in fp32 (fp64 for fp64).
+
+    Made anew in every call: a buffer would be cast to bf16 with the model, and at position 2048 a bf16
+    angle is wrong by several radians.
+    """
+
+    def __init__(self, length: int, head_dim: int, theta: float, like: Tensor) -> None:
+        dtype = at_least_fp32(like.dtype)
+        halves = torch.arange(0, head_dim, 2, dtype=dtype, device=like.device) / head_dim
+        positions = torch.arange(length, dtype=dtype, device=like.device)
+        angles_TD = torch.outer(positions, theta**-halves)
+        self.cos = angles_TD.cos()
+        self.sin = angles_TD.sin()
+
+    def rotate(self, x: Tensor, start: int = 0) -> Tensor:
+        """x `[..., T, D]` standing at positions start .. start + T - 1."""
+        cos, sin = self.cos[start : start + x.shape[-2]], self.sin[start : start + x.shape[-2]]
+        first, second = x.to(cos.dtype).chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
