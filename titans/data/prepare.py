@@ -1,8 +1,9 @@
 """``prepare``: documents -> token shards, all or nothing.
 
 Tokens first go to one spool file in a hidden sibling of the target, then, when the documents' number and
-lengths are known, into the shards of their splits. Copying tokens (GB/s) costs nothing beside making them (MB/s)
-and makes the validation split exact without holding text in memory. The folder is renamed into place last.
+lengths are known, into the shards of their splits. Copying tokens (GB/s) costs nothing beside making them
+(MB/s) and makes the validation split exact without holding text in memory. The folder is renamed into place
+last.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """Documents from wherever text lies: files, folders, archives, standard input, data sets, Python's docs."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -138,9 +139,11 @@ class _File:
             return
         if next(file_stream(self._path).blocks(1), None) is None and not self._may_be_empty:
             raise UserError(f"{self._path}: the file is empty")
-        # The first block only: enough for a wrong format, encoding or field, at any file size.
+        # Two blocks or lines: enough for a wrong format, encoding or field, and to see a short file's end.
         stream = file_stream(self._path)
-        next(_json_documents(stream, self._text_field) if self._json_lines else stream.text(), None)
+        beginning = _json_documents(stream, self._text_field) if self._json_lines else stream.text()
+        for _ in itertools.islice(beginning, 2):
+            pass
 
     def documents(self, on_read: Callable[[int], None]) -> Iterator[Document]:
         stream = file_stream(self._path, on_read)
