@@ -12,9 +12,8 @@ from titans.ops import MemorySpec
 
 VARIANTS = ("lmm", "mac", "mag", "mal", "attention")
 
-# Blocks, hidden size, heads, width of the MLP. The first three are the paper's table, but for 400m (which it does not have) and tiny. Widths of the
-# MLP are ours: 8/3 of the hidden size rounded to 64, wider where that brings the count of a `mac` with
-# 32,000 tied tokens nearer to the name.
+# Blocks, hidden size, heads, width of the MLP. The paper's table gives the first three, but for "tiny" and
+# "400m", which it does not have.
 SIZES = {
     "tiny": (4, 128, 4, 384),
     "170m": (12, 768, 16, 2048),

@@ -8,17 +8,20 @@ starts a sequence.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from titans.models.configuration import TitansConfig
+from titans.models.mac import MacMixer
 from titans.nn import (
     AttentionState,
     MemoryCore,
     NeuralMemory,
     NeuralMemoryState,
     PersistentTokens,
+    RMSNorm,
     Rows,
     SlidingAttention,
 )
@@ -84,7 +87,95 @@ class AttentionMixer(nn.Module):
         return self.attention(x, state, rows)
 
 
-MIXERS: dict[str, Any] = {"lmm": LmmMixer, "attention": AttentionMixer}
+@dataclass(frozen=True)
+class HybridState:
+    """States of a memory and of an attention."""
+
+    memory: NeuralMemoryState
+    attention: AttentionState
+
+    @property
+    def batch(self) -> int:
+        return self.memory.batch
+
+    @property
+    def device(self) -> torch.device:
+        return self.memory.device
+
+    def select(self, rows: Tensor) -> HybridState:
+        return HybridState(self.memory.select(rows), self.attention.select(rows))
+
+    def detach(self) -> HybridState:
+        return HybridState(self.memory.detach(), self.attention.detach())
+
+
+class MagMixer(nn.Module):
+    """Memory as gate (paper sec. 4.2, Eq. 26 to 28): attention and memory read the same x side by side.
+
+    `W_o[ norm_1(SWA(x)) * sigmoid(norm_2(m)) ]`, m what the memory recalls just after each token.
+    """
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.persistent = persistent_tokens(config)
+        self.attention = sliding_attention(config)
+        self.memory = MemoryCore(config.memory_spec)
+        self.attention_norm = RMSNorm(size, config.rms_norm_eps)
+        self.memory_norm = RMSNorm(size, config.rms_norm_eps)
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def initial_state(self, batch: int) -> HybridState:
+        return start_hybrid(self.memory, self.attention, self.persistent, batch)
+
+    def forward(
+        self, x: Tensor, state: HybridState | None = None, rows: Rows | None = None
+    ) -> tuple[Tensor, HybridState]:
+        if state is None:
+            state = self.initial_state(x.shape[0] if rows is None else len(rows))
+        y, attention = self.attention(x, state.attention, rows)
+        m, memory = self.memory.retrieve(x, state.memory, rows)
+        gate = torch.sigmoid(self.memory_norm(m.flatten(2)))
+        return self.o_proj(self.attention_norm(y) * gate), HybridState(memory, attention)
+
+
+class MalMixer(nn.Module):
+    """Memory as layer (paper sec. 4.3, Eq. 29 to 31): attention reads what the memory made of x."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.persistent = persistent_tokens(config)
+        self.memory = NeuralMemory(config.memory_spec)
+        self.memory_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = sliding_attention(config)
+
+    def initial_state(self, batch: int) -> HybridState:
+        return start_hybrid(self.memory, self.attention, self.persistent, batch)
+
+    def forward(
+        self, x: Tensor, state: HybridState | None = None, rows: Rows | None = None
+    ) -> tuple[Tensor, HybridState]:
+        if state is None:
+            state = self.initial_state(x.shape[0] if rows is None else len(rows))
+        m, memory = self.memory(x, state.memory, rows)
+        y, attention = self.attention(self.memory_norm(m), state.attention, rows)
+        return y, HybridState(memory, attention)
+
+
+def start_hybrid(
+    memory: MemoryCore, attention: SlidingAttention, persistent: PersistentTokens | None, batch: int
+) -> HybridState:
+    prefix = None if persistent is None else persistent()
+    return HybridState(start_memory(memory, persistent, batch), attention.initial_state(batch, prefix))
+
+
+MIXERS: dict[str, type[nn.Module]] = {
+    "lmm": LmmMixer,
+    "mac": MacMixer,
+    "mag": MagMixer,
+    "mal": MalMixer,
+    "attention": AttentionMixer,
+}
 
 
 def build_mixer(config: TitansConfig) -> nn.Module:

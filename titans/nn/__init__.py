@@ -1,6 +1,7 @@
 """Layers of the models. `NeuralMemory` is the memory as a layer; everything here needs torch alone."""
 
 from titans.nn.attention import Attention, AttentionState, Prefix, SlidingAttention
+from titans.nn.context_attention import ContextAttention, Segment
 from titans.nn.conv import ShortConv
 from titans.nn.feedforward import SwiGLU
 from titans.nn.gates import Gates, GateSpec, MemoryGates
@@ -13,6 +14,7 @@ from titans.nn.rows import Rows
 __all__ = [
     "Attention",
     "AttentionState",
+    "ContextAttention",
     "FullPrecision",
     "GateSpec",
     "Gates",
@@ -26,6 +28,7 @@ __all__ = [
     "Prefix",
     "RMSNorm",
     "Rows",
+    "Segment",
     "ShortConv",
     "SlidingAttention",
     "SwiGLU",

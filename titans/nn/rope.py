@@ -28,6 +28,14 @@ class RotaryTable:
 
     def rotate(self, x: Tensor, start: int = 0) -> Tensor:
         """x `[..., T, D]` standing at positions start .. start + T - 1."""
-        cos, sin = self.cos[start : start + x.shape[-2]], self.sin[start : start + x.shape[-2]]
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        stop = start + x.shape[-2]
+        return _turn(x, self.cos[start:stop], self.sin[start:stop])
+
+    def rotate_at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x `[B, H, T, D]` whose rows stand at positions `[B, T]` of their own."""
+        return _turn(x, self.cos[positions][:, None], self.sin[positions][:, None])
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

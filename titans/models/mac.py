@@ -1,0 +1,209 @@
+"""Memory as context (MAC): segment by segment, attention reads what the memory recalls and feeds it back.
+
+Per segment (paper sec. 4.1, Eq. 21 to 25), made causal: a token never reads a memory that has seen a later
+one, and attends to the recalled h_j only for j <= its own index.
+
+    h   = M_frozen(q(x))          the memory as it was at the end of the previous segment
+    y   = attention([prefix, h, x])
+    M_i = write(M_{i-1}; k(y_i), v(y_i))           the chunk rule
+    o_i = W_o[ norm_1(y_i) * sigmoid(norm_2(M_i(q'(y_i)))) ]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from titans.models.configuration import TitansConfig
+from titans.nn import (
+    ContextAttention,
+    MemoryCore,
+    NeuralMemoryState,
+    PersistentTokens,
+    Prefix,
+    RMSNorm,
+    Rows,
+    Segment,
+)
+
+
+@dataclass(frozen=True)
+class MacState:
+    """What MAC carries between tokens.
+
+    memory: what y is written to, with the conv tails of y.
+    frozen: its weights at the last end of a segment, L tensors `[B, H, D_in, D_out]`.
+    context_tail: conv tail of the queries of x.
+    segment: keys and values since that end; prefix: those of the persistent tokens.
+    """
+
+    memory: NeuralMemoryState
+    frozen: tuple[Tensor, ...]
+    context_tail: Tensor
+    segment: Segment
+    prefix: Prefix | None
+
+    @property
+    def batch(self) -> int:
+        return self.memory.batch
+
+    @property
+    def device(self) -> torch.device:
+        return self.memory.device
+
+    def select(self, rows: Tensor) -> MacState:
+        return MacState(
+            self.memory.select(rows),
+            tuple(weight.index_select(0, rows) for weight in self.frozen),
+            self.context_tail.index_select(0, rows),
+            self.segment.select(rows),
+            self.prefix,
+        )
+
+    def detach(self) -> MacState:
+        return MacState(
+            self.memory.detach(),
+            tuple(weight.detach() for weight in self.frozen),
+            self.context_tail.detach(),
+            self.segment.detach(),
+            None if self.prefix is None else Prefix(*(part.detach() for part in self.prefix)),
+        )
+
+
+class MacMixer(nn.Module):
+    """See the file's docstring. Persistent tokens are attended to and, unlike in the others, not written."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        size, count = config.hidden_size, config.num_persistent_tokens
+        self.segment_size = config.segment_size
+        self.persistent = PersistentTokens(count, size) if count else None
+        self.memory = MemoryCore(config.memory_spec)
+        self.context_norm = RMSNorm(config.memory_head_dim, config.rms_norm_eps, heads=self.memory.spec.heads)
+        self.context_proj = nn.Linear(size, size, bias=False)
+        self.attention = ContextAttention(size, config.num_attention_heads, config.rope_theta)
+        self.attention_norm = RMSNorm(size, config.rms_norm_eps)
+        self.memory_norm = RMSNorm(size, config.rms_norm_eps)
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def initial_state(self, batch: int) -> MacState:
+        memory = self.memory.initial_state(batch)
+        return MacState(
+            memory,
+            memory.memory.weights,
+            self.memory.q_conv.initial_tail(batch),
+            self.attention.initial_segment(batch),
+            self.attention.prefix(None if self.persistent is None else self.persistent()),
+        )
+
+    def forward(
+        self, x: Tensor, state: MacState | None = None, rows: Rows | None = None
+    ) -> tuple[Tensor, MacState]:
+        """x `[B, T, C]`, or packed `[1, total, C]` with `rows`; the output has the shape of x."""
+        if state is None:
+            state = self.initial_state(x.shape[0] if rows is None else len(rows))
+        if rows is None and not isinstance(state.segment.offsets, int):
+            # Full rows at different places of their segments: as a stream.
+            stream = Rows((x.shape[1],) * x.shape[0], x.device)
+            output, state = self.forward(x.flatten(0, 1)[None], state, stream)
+            return output.view_as(x), state
+
+        # What depends on x alone is computed for all segments at once.
+        recall, context_tail = self.memory.project_query(x, state.context_tail, rows)
+        queries, entries = self.attention.queries(x), self.attention.entries(x)
+        attended, memories = [], []
+        steps = _steps(x.shape[1], state.segment.offsets, rows, self.segment_size)
+        for step in steps:
+            y, m, state = self._step(step.of(recall), step.of(queries), step.of(entries), state, step.rows)
+            attended.append(y)
+            memories.append(m)
+        y, m = _join(attended, steps), _join(memories, steps)
+        gate = torch.sigmoid(self.memory_norm(m.flatten(2)))
+        return self.o_proj(self.attention_norm(y) * gate), replace(state, context_tail=context_tail)
+
+    def _step(
+        self, recall: Tensor, queries: Tensor, entries: Tensor, state: MacState, rows: Rows | None
+    ) -> tuple[Tensor, Tensor, MacState]:
+        """Some tokens of one segment: y, m and the state after them."""
+        h = self._recall(recall, state.frozen, rows)
+        context = self.context_proj(self.context_norm(h).flatten(2))
+        entries = torch.cat([entries, self.attention.entries(context)], dim=2)
+        segment = state.segment.append(entries, rows)
+        y = self.attention.attend(queries, segment, state.prefix, rows)
+
+        (q, k, v), memory = self.memory.project_write(y, state.memory, rows)
+        m, memory = self.memory.write(q, k, v, self.memory.gates(y), memory, rows)
+        frozen = self._freeze(state.frozen, memory.memory.weights, segment)
+        state = replace(state, memory=memory, frozen=frozen, segment=segment.close(self.segment_size))
+        return y, m, state
+
+    def _recall(self, recall: Tensor, frozen: tuple[Tensor, ...], rows: Rows | None) -> Tensor:
+        if rows is None:
+            return self.memory.read(recall, frozen)
+        return rows.pack(self.memory.read(rows.pad(recall), frozen))
+
+    def _freeze(
+        self, frozen: tuple[Tensor, ...], weights: tuple[Tensor, ...], segment: Segment
+    ) -> tuple[Tensor, ...]:
+        """The weights that the next tokens recall from: new ones in rows whose segment is complete."""
+        if isinstance(segment.offsets, int):
+            return weights if segment.offsets == self.segment_size else frozen
+        complete = [offset == self.segment_size for offset in segment.offsets]
+        if not any(complete):
+            return frozen
+        rows = torch.tensor(complete, device=frozen[0].device)[:, None, None, None]
+        return tuple(torch.where(rows, new, old) for new, old in zip(weights, frozen, strict=True))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Tokens of one step: a slice of every row, or with `rows` these places of the stream."""
+
+    where: slice | list[int]
+    rows: Rows | None
+
+    def of(self, x: Tensor) -> Tensor:
+        if isinstance(self.where, slice):
+            return x[:, self.where]
+        return x.index_select(1, torch.tensor(self.where, dtype=torch.long, device=x.device))
+
+
+def _steps(tokens: int, offsets: int | tuple[int, ...], rows: Rows | None, size: int) -> list[_Step]:
+    """Cut the new tokens where their segments end; in every step each row takes what its segment holds."""
+    if rows is None:
+        assert isinstance(offsets, int)
+        ends = [*range(size - offsets, tokens, size), tokens]
+        return [_Step(slice(start, end), None) for start, end in pairwise([0, *ends])]
+    at = [offsets] * len(rows) if isinstance(offsets, int) else list(offsets)
+    left, next_token = list(rows.lengths), list(rows.starts)
+    steps = []
+    while any(left):
+        lengths = [min(size - offset, count) for offset, count in zip(at, left, strict=True)]
+        where = [
+            place
+            for start, length in zip(next_token, lengths, strict=True)
+            for place in range(start, start + length)
+        ]
+        # A step with every token needs no gathering: the stream is already in that order.
+        everything = len(where) == tokens
+        steps.append(_Step(slice(None) if everything else where, Rows(lengths, rows.device)))
+        at = [(offset + length) % size for offset, length in zip(at, lengths, strict=True)]
+        left = [count - length for count, length in zip(left, lengths, strict=True)]
+        next_token = [start + length for start, length in zip(next_token, lengths, strict=True)]
+    return steps
+
+
+def _join(parts: list[Tensor], steps: list[_Step]) -> Tensor:
+    """The steps' results in the order of the tokens."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = torch.cat(parts, dim=1)
+    places: list[int] = []
+    for step in steps:
+        if isinstance(step.where, slice):
+            return joined
+        places += step.where
+    return joined.index_select(1, torch.tensor(places, device=joined.device).argsort())
