@@ -44,9 +44,13 @@ def test_a_folder_is_read_recursively_in_sorted_order_without_hidden_files(tmp_p
     assert corpus.empty == 1
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)]
+)
 def test_json_lines_give_a_document_per_line_compressed_or_not(tmp_path: Path, suffix, compress):
-    lines = b'{"text": "one", "id": 1}\n\n{"text": "z\\u00e4hl\\ud83d\\ude00"}\r\n{"text": ""}\n{"text": "last"}'
+    lines = (
+        b'{"text": "one", "id": 1}\n\n{"text": "z\\u00e4hl\\ud83d\\ude00"}\r\n{"text": ""}\n{"text": "last"}'
+    )
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress(lines))
     corpus = Corpus([path])
@@ -88,7 +92,9 @@ def test_text_field_and_format_can_be_chosen(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("input_format", "expected"), [("auto", ['{"text": "a"}\n']), ("jsonl", ["a"])])
-def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, input_format: str, expected: list[str]):
+def test_standard_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, input_format: str, expected: list[str]
+):
     (tmp_path / "in").write_text('{"text": "a"}\n')
     with (tmp_path / "in").open() as file:
         monkeypatch.setattr(sys, "stdin", file)
@@ -127,19 +133,55 @@ def bad_inputs() -> dict[str, tuple[str, bytes, str]]:
     return {
         "empty": ("a.txt", b"", r"a\.txt: the file is empty"),
         "empty archive": ("a.txt.gz", gzip.compress(b""), r"a\.txt\.gz: the file is empty"),
-        "latin-1": ("a.txt", "naïve".encode("latin-1"), r"a\.txt: not UTF-8 text: byte 0xef at offset 2: inv"),
-        "utf-16": ("a.txt", "text".encode("utf-16"), r"a\.txt: not UTF-8 text: byte 0xff at offset 0.*UTF-16\?"),
+        "latin-1": (
+            "a.txt",
+            "naïve".encode("latin-1"),
+            r"a\.txt: not UTF-8 text: byte 0xef at offset 2: inv",
+        ),
+        "utf-16": (
+            "a.txt",
+            "text".encode("utf-16"),
+            r"a\.txt: not UTF-8 text: byte 0xff at offset 0.*UTF-16\?",
+        ),
         "cut utf-8": ("a.txt", "naï".encode()[:-1], r"not UTF-8 text: byte 0xc3 at offset 2: unexpected end"),
-        "latin-1 line": ("a.jsonl", b'{"text": "\xfc"}\n', r"a\.jsonl: not UTF-8 text: byte 0xfc at offset 10"),
-        "cut gz": ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], r"a\.txt\.gz: broken \.gz archive, \d+ bytes cou"),
-        "cut xz": ("a.txt.xz", lzma.compress(b"text" * 99)[:cut], r"a\.txt\.xz: broken \.xz archive, 0 bytes cou"),
+        "latin-1 line": (
+            "a.jsonl",
+            b'{"text": "\xfc"}\n',
+            r"a\.jsonl: not UTF-8 text: byte 0xfc at offset 10",
+        ),
+        "cut gz": (
+            "a.txt.gz",
+            gzip.compress(b"text" * 99)[:-9],
+            r"a\.txt\.gz: broken \.gz archive, \d+ bytes cou",
+        ),
+        "cut xz": (
+            "a.txt.xz",
+            lzma.compress(b"text" * 99)[:cut],
+            r"a\.txt\.xz: broken \.xz archive, 0 bytes cou",
+        ),
         "no gz": ("a.txt.gz", b"plain text", r"a\.txt\.gz: broken \.gz archive.*Not a gzipped file"),
         "no xz": ("a.txt.xz", b"plain text", r"a\.txt\.xz: broken \.xz archive"),
         "no json": ("a.jsonl", b"{text}\n" + good, r"a\.jsonl, line 1: not JSON: Expecting property name"),
-        "json array": ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: expected a JSON object with a field 'text', got list"),
-        "no field": ("a.jsonl", b'{"body": 1, "a": 2}\n', r"line 1: no field 'text', the fields are \['a', 'body'\]"),
-        "no text": ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: expected text in the field 'text', got int"),
-        "half a surrogate": ("a.jsonl", b'{"text": "\\ud83d"}\n', r"line 1: the field 'text' is not valid Unicode"),
+        "json array": (
+            "a.jsonl",
+            b"[1]\n",
+            r"a\.jsonl, line 1: expected a JSON object with a field 'text', got list",
+        ),
+        "no field": (
+            "a.jsonl",
+            b'{"body": 1, "a": 2}\n',
+            r"line 1: no field 'text', the fields are \['a', 'body'\]",
+        ),
+        "no text": (
+            "a.jsonl",
+            b'{"text": 5}\n',
+            r"a\.jsonl, line 1: expected text in the field 'text', got int",
+        ),
+        "half a surrogate": (
+            "a.jsonl",
+            b'{"text": "\\ud83d"}\n',
+            r"line 1: the field 'text' is not valid Unicode",
+        ),
     }
 
 
@@ -167,14 +209,18 @@ def test_bad_input_far_into_a_file_is_named_with_its_place(tmp_path: Path):
         texts(tmp_path / "b.jsonl")
 
 
-@pytest.mark.parametrize("name", ["nope.txt", "nope/", "nope", "no/such/file", "./nope/file", "owner/x.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name", ["nope.txt", "nope/", "nope", "no/such/file", "./nope/file", "owner/x.jsonl.gz"]
+)
 def test_a_missing_path_is_no_question_to_the_hub(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=f"{name}: no such file or folder"):
+    with pytest.raises(UserError, match=rf"{name}: no such file or folder"):
         Corpus([name])
 
 
-def test_a_misspelt_file_below_an_existing_folder_is_a_missing_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_misspelt_file_below_an_existing_folder_is_a_missing_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     Path("books").mkdir()
     with pytest.raises(UserError, match=r"books/noevl: no such file or folder \(and not a data set's name"):
@@ -186,7 +232,7 @@ def test_no_sources_an_empty_folder_and_standard_input_twice(tmp_path: Path):
         Corpus([])
     with pytest.raises(UserError, match="the folder holds no files"):
         Corpus([tmp_path])
-    with pytest.raises(UserError, match="standard input .* only once"):
+    with pytest.raises(UserError, match=r"standard input .* only once"):
         Corpus(["-", "-"])
 
 
@@ -207,7 +253,9 @@ class FakeDatasets(types.ModuleType):
         self.rows = rows
         self.asked: tuple[object, ...] = ()
 
-    def load_dataset(self, name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, object]]:
+    def load_dataset(
+        self, name: str, config: str | None, *, split: str, streaming: bool
+    ) -> list[dict[str, object]]:
         self.asked = (name, config, split, streaming)
         if isinstance(self.rows, Exception):
             raise self.rows
@@ -233,7 +281,9 @@ def test_a_data_set_without_the_field_is_refused_at_once(monkeypatch: pytest.Mon
 
 
 def test_an_unreachable_data_set_says_why_on_one_line(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets(ConnectionError("Couldn't reach the Hub\nmore")))
+    monkeypatch.setitem(
+        sys.modules, "datasets", FakeDatasets(ConnectionError("Couldn't reach the Hub\nmore"))
+    )
     message = r"owner/name: no such file or folder, and no Hugging Face data set .*Couldn't reach the Hub$"
     with pytest.raises(UserError, match=message):
         Corpus(["owner/name"])
@@ -246,7 +296,9 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.Monke
         "find_spec",
         lambda name: None if name in ("datasets", "pydoc_data.topics") else find_spec(name),
     )
-    with pytest.raises(UserError, match=r"the package 'datasets' is missing: pip install 'titans-ltm\[data\]'"):
+    with pytest.raises(
+        UserError, match=r"the package 'datasets' is missing: pip install 'titans-ltm\[data\]'"
+    ):
         Corpus(["owner/name"])
     with pytest.raises(UserError, match="python-docs: this Python was installed without the module"):
         Corpus(["python-docs"])

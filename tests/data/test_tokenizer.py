@@ -1,4 +1,4 @@
-"""Tokenizers: bytes round-trip, saved ones come back, text cannot forge special tokens, bad files are named."""
+"""Tokenizers: bytes round-trip, saved ones come back, text cannot forge tokens, bad files are named."""
 
 import json
 import sys
@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from titans.data.tokenizer import (
     TextEncoder,
@@ -100,7 +105,9 @@ def test_batches_are_padded_on_the_left(tokenizer: PreTrainedTokenizerFast):
     assert collated["input_ids"].tolist() == [[258, 256, 97], [256, 98, 99]]
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, AutoTokenizer.from_pretrained, PreTrainedTokenizerFast.from_pretrained])
+@pytest.mark.parametrize(
+    "load", [load_tokenizer, AutoTokenizer.from_pretrained, PreTrainedTokenizerFast.from_pretrained]
+)
 def test_a_saved_byte_tokenizer_comes_back_even_without_this_package(tokenizer, load, tmp_path: Path):
     save_tokenizer(tokenizer, tmp_path)
     loaded = load(str(tmp_path))
@@ -127,7 +134,7 @@ def test_boundary_is_eos_without_bos_and_none_without_either(bpe: Tokenizer):
 
 
 def test_encoder_ignores_truncation_and_special_tokens_of_a_tokenizer_json(bpe: Tokenizer):
-    """Tokenizers made for short inputs say "truncation" in their file: documents would silently lose their ends."""
+    """A tokenizer.json may say "truncation": documents would silently lose their ends."""
     limited = Tokenizer.from_str(bpe.to_str())
     limited.enable_truncation(max_length=4)
     limited.enable_padding(length=8)
@@ -209,11 +216,15 @@ def test_bad_tokenizers_are_named(tmp_path: Path):
 def test_without_sentencepiece_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.model").touch()
     monkeypatch.setitem(sys.modules, "titans.data.sentencepiece", None)
-    with pytest.raises(UserError, match=r"needs the package 'sentencepiece': pip install 'titans-ltm\[sentencepi"):
+    with pytest.raises(
+        UserError, match=r"needs the package 'sentencepiece': pip install 'titans-ltm\[sentencepi"
+    ):
         load_tokenizer(tmp_path / "a.model")
 
 
-def test_a_checkpoint_folder_with_a_model_beside_the_tokenizer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+def test_a_checkpoint_folder_with_a_model_beside_the_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+):
     """Trainer saves both into one folder; AutoTokenizer then also looks at config.json."""
     save_tokenizer(tokenizer, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "titans", "vocab_size": 259}))

@@ -36,12 +36,23 @@ def parse_arguments(
 
 
 def _one_line(box: str) -> str:
-    """The first part of tyro's error box, and the option that it proposes instead, without the frame."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    parts = " ".join("\0" if set(line) <= {"─"} else line for line in lines).split("\0")
-    message = " ".join(parts[0].split())
-    for part in parts[1:]:
-        words = part.split()
+    """The first part of tyro's error box, and the option that it proposes instead, without the frame.
+
+    Rules divide the parts. The frame carries the title; without UTF-8 there is none and the title is a part.
+    """
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines():
+        words = line.strip("│").split()
+        if words and set("".join(words)) <= {"─", "-"}:
+            parts.append([])
+        elif not line.startswith(("╭", "╰")):
+            parts[-1] += words
+    if not box.lstrip().startswith("╭"):
+        parts = parts[1:]
+    if not parts or not parts[0]:
+        return "the arguments could not be read"
+    message = " ".join(parts[0])
+    for words in parts[1:]:
         if words[:3] == ["Perhaps", "you", "meant:"] and len(words) > 3:
             return f"{message}: did you mean {words[3]}?"
-    return message or "the arguments could not be read"
+    return message
