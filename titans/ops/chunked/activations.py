@@ -6,23 +6,24 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _TANH_SCALE, _TANH_CUBIC = math.sqrt(2 / math.pi), 0.044715
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
-def value(z: Tensor, kind: str) -> Tensor:
+def value(z: Tensor, kind: str, out: Tensor) -> Tensor:
+    """`act(z)`, written into `out`."""
     if kind == "silu":
-        return F.silu(z)
-    return F.gelu(z, approximate="tanh" if kind == "gelu_tanh" else "none")
+        return torch.ops.aten.silu.out(z, out=out)
+    return torch.ops.aten.gelu.out(z, approximate=_APPROXIMATE[kind], out=out)
 
 
-def slope_times(grad: Tensor, z: Tensor, kind: str) -> Tensor:
-    """`grad * act'(z)` in one pass."""
+def slope_times(grad: Tensor, z: Tensor, kind: str, out: Tensor) -> Tensor:
+    """`grad * act'(z)` in one pass, written into `out`."""
     if kind == "silu":
-        return torch.ops.aten.silu_backward(grad, z)
-    return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if kind == "gelu_tanh" else "none")
+        return torch.ops.aten.silu_backward.grad_input(grad, z, grad_input=out)
+    return torch.ops.aten.gelu_backward.grad_input(grad, z, approximate=_APPROXIMATE[kind], grad_input=out)
 
 
 def slope_and_curvature(z: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -31,12 +32,11 @@ def slope_and_curvature(z: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         gate = z.sigmoid()
         slope = gate * (1 + z * (1 - gate))
         return slope, gate * (1 - gate) * (2 + z * (1 - 2 * gate))
-    if kind == "gelu":
-        square = z * z
-        density = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        slope = slope_times(torch.ones_like(z), z, kind)
-        return slope, square.neg_().add_(2).mul_(density)
     square = z * z
+    if kind == "gelu":
+        density = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        slope = slope_times(torch.ones_like(z), z, kind, torch.empty_like(z))
+        return slope, square.neg_().add_(2).mul_(density)
     inner_slope = _TANH_SCALE * (1 + 3 * _TANH_CUBIC * square)
     tanh = torch.tanh(_TANH_SCALE * z * (1 + _TANH_CUBIC * square))
     sech2 = 1 - tanh * tanh

@@ -41,106 +41,121 @@ def segment_products_backward(grad: Tensor, products: Tensor) -> Tensor:
 
 @dataclass
 class GateMatrices:
-    """B, H and A of some chunks (N = cells x heads) for one memory layer.
+    """What one memory layer needs of theta, B, H and A, for N = cells x heads chunks.
 
-    decay: `[N, C, C + 1]`, or `[N, D_out, C, C + 1]` for a decay per output channel.
-    momentum: `[N, C, C + 1]`, None without momentum. mix: A, shaped like decay.
+    J is 1, or D_out for a decay per output channel. theta is folded in, so that the inner gradients G are
+    used as they are: no update theta G is ever formed.
+
+    mix: `A[t, i] theta_i`, `[N, C, C]`, or `[N, D_out, C, C]` (channelwise).
+    start_weights, start_momentum: `B[t, 0]` and `A[t, 0]`, `[N, C, J]`.
+    write_weights: `A[C, i] theta_i`, `[N, C, J]`. write_momentum: `H[C, i] theta_i`, `[N, C, 1]`.
+    keep_momentum: `H[C, 0]`, `[N, 1, 1]`. The three of momentum are None without it.
     """
 
+    theta: Tensor
     decay: Tensor
     momentum: Tensor | None
-    mix: Tensor
+    raw_mix: Tensor
     channelwise: bool
+    mix: Tensor
+    start_weights: Tensor
+    write_weights: Tensor
+    start_momentum: Tensor | None
+    write_momentum: Tensor | None
+    keep_momentum: Tensor | None
 
     @classmethod
     def build(
-        cls, log_decay: Tensor, log_momentum: Tensor | None, real: Tensor | None, channelwise: bool
+        cls,
+        theta: Tensor,
+        log_decay: Tensor,
+        log_momentum: Tensor | None,
+        real: Tensor | None,
+        channelwise: bool,
     ) -> GateMatrices:
-        """log_decay: `[N, C]` or `[N, C, D_out]`; log_momentum: `[N, C]`; real: `[N, C]`, False where a slot
-        is padded: there M keeps its value (no decay, and S is not added a second time)."""
+        """theta, log_momentum: `[N, C]`; log_decay: `[N, C]` or `[N, C, D_out]`; real: `[N, C]`, False where
+        a slot is padded: there M keeps its value (no decay, and S is not added a second time)."""
+
+        def rows(matrix: Tensor) -> Tensor:
+            return matrix.mT if channelwise else matrix.unsqueeze(-1)
+
         decay = segment_products(log_decay.mT if channelwise else log_decay)
-        momentum = None if log_momentum is None else segment_products(log_momentum)
-        return cls(decay, momentum, _compose(decay, momentum, real), channelwise)
-
-    def __getitem__(self, cells: slice) -> GateMatrices:
-        momentum = None if self.momentum is None else self.momentum[cells]
-        return GateMatrices(self.decay[cells], momentum, self.mix[cells], self.channelwise)
-
-    def column(self, matrix: Tensor) -> Tensor:
-        """Entry (t, 0) of a matrix: what the chunk's start contributes at t, `[N, C, 1]` or `[N, C, D_out]`."""
-        return matrix[..., 0].mT if self.channelwise else matrix[..., :1]
-
-    def last_row(self, matrix: Tensor) -> Tensor:
-        """Entry (C, i), i >= 1: what token i contributes to the chunk's end, same shapes."""
-        return matrix[..., -1, 1:].mT if self.channelwise else matrix[..., -1, 1:, None]
-
-    @property
-    def start_weights(self) -> Tensor:
-        return self.column(self.decay)
-
-    @property
-    def start_momentum(self) -> Tensor:
-        return self.column(self.mix)
-
-    @property
-    def write_weights(self) -> Tensor:
-        return self.last_row(self.mix)
-
-    @property
-    def write_momentum(self) -> Tensor:
-        assert self.momentum is not None
-        return self.momentum[:, -1, 1:, None]
-
-    @property
-    def keep_momentum(self) -> Tensor:
-        """`[N, 1, 1]`: how much of the momentum at the chunk's start is left at its end."""
-        assert self.momentum is not None
-        return self.momentum[:, -1:, :1]
+        kept = _drop_padded(decay[..., 1:], real)
+        columns = theta[:, None, None, :] if channelwise else theta[:, None, :]
+        if log_momentum is None:  # H is the identity, and no momentum enters from before the chunk
+            mix = kept * columns
+            start = rows(decay[..., 0])
+            return cls(theta, decay, None, kept, channelwise, mix, start, rows(mix[..., -1, :]), None, None, None)
+        momentum = segment_products(log_momentum)
+        raw_mix = kept @ (momentum.unsqueeze(1) if channelwise else momentum)
+        mix = raw_mix[..., 1:] * columns
+        return cls(
+            theta,
+            decay,
+            momentum,
+            raw_mix,
+            channelwise,
+            mix,
+            start_weights=rows(decay[..., 0]),
+            write_weights=rows(mix[..., -1, :]),
+            start_momentum=rows(raw_mix[..., 0]),
+            write_momentum=(momentum[:, -1, 1:] * theta).unsqueeze(-1),
+            keep_momentum=momentum[:, -1:, :1],
+        )
 
 
 class GateGradients:
-    """Sums of gradients with respect to the three matrices of a `GateMatrices`, filled piece by piece."""
+    """Gradients with respect to the fields of a `GateMatrices`, summed over the layers that share it."""
 
     def __init__(self, gates: GateMatrices) -> None:
         self.gates = gates
-        self.mix = torch.zeros_like(gates.mix, memory_format=torch.contiguous_format)
-        self.decay_start = torch.zeros_like(gates.decay[..., 0])  # only B[., 0] is used outside A
-        self.momentum_end = None if gates.momentum is None else torch.zeros_like(gates.momentum[:, -1])
+        self.mix = torch.zeros_like(gates.mix)
+        self.start_weights = torch.zeros_like(gates.start_weights)
+        if gates.momentum is not None:
+            self.start_momentum = torch.zeros_like(gates.start_weights)
+            self.write_momentum = torch.zeros_like(gates.theta)
+            self.keep_momentum = torch.zeros_like(gates.theta[:, 0])
 
-    def to_logs(self, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients of log_decay (`[N, C]` or `[N, C, D_out]`) and log_momentum (`[N, C]`)."""
+    def add_write_weights(self, grad: Tensor) -> None:
+        """The last row of A also carries the chunk to the next."""
+        self.mix[..., -1, :] += grad.mT if self.gates.channelwise else grad[..., 0]
+
+    def to_gates(self, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of theta (`[N, C]`), log_decay (`[N, C]` or `[N, C, D_out]`), log_momentum (`[N, C]`)."""
         gates = self.gates
-        grad_decay = torch.empty_like(self.mix)
-        grad_momentum = None
+
+        def columns(grad: Tensor) -> Tensor:
+            return grad.mT if gates.channelwise else grad[..., 0]
+
+        raw_mix = gates.raw_mix if gates.momentum is None else gates.raw_mix[..., 1:]
+        grad_theta = (self.mix * raw_mix).sum(-2)
+        if gates.channelwise:
+            grad_theta = grad_theta.sum(1)
+        theta = gates.theta[:, None, None, :] if gates.channelwise else gates.theta[:, None, :]
+        grad_decay = torch.empty_like(gates.decay, memory_format=torch.contiguous_format)
+        grad_decay[..., 0] = columns(self.start_weights)
         if gates.momentum is None:
-            grad_decay[..., 1:] = self.mix[..., 1:]
+            grad_kept, grad_log_momentum = self.mix.mul_(theta), None
         else:
-            momentum = gates.momentum.unsqueeze(1) if gates.channelwise else gates.momentum
-            torch.matmul(self.mix, momentum.mT, out=grad_decay[..., 1:])
-            grad_momentum = _drop_padded(gates.decay[..., 1:], real).mT @ self.mix
+            grad_raw_mix = torch.empty_like(gates.raw_mix)
+            grad_raw_mix[..., 0] = columns(self.start_momentum)
+            torch.mul(self.mix, theta, out=grad_raw_mix[..., 1:])
+            grad_kept = grad_raw_mix @ (gates.momentum.unsqueeze(1) if gates.channelwise else gates.momentum).mT
+            grad_momentum = _drop_padded(gates.decay[..., 1:], real).mT @ grad_raw_mix
             if gates.channelwise:
                 grad_momentum = grad_momentum.sum(1)
-            assert self.momentum_end is not None
-            grad_momentum[:, -1] += self.momentum_end
-            grad_momentum = segment_products_backward(grad_momentum, gates.momentum)
-        if real is not None:
-            grad_decay[..., 1:] = _drop_padded(grad_decay[..., 1:], real)
-        grad_decay[..., 0] = self.decay_start
+            grad_theta += self.write_momentum * gates.momentum[:, -1, 1:]
+            grad_momentum[:, -1, 1:] += self.write_momentum * gates.theta
+            grad_momentum[:, -1, 0] += self.keep_momentum
+            grad_log_momentum = segment_products_backward(grad_momentum, gates.momentum)
+        grad_decay[..., 1:] = _drop_padded(grad_kept, real)
         grad_log_decay = segment_products_backward(grad_decay, gates.decay)
-        return (grad_log_decay.mT if gates.channelwise else grad_log_decay), grad_momentum
+        return grad_theta, (grad_log_decay.mT if gates.channelwise else grad_log_decay), grad_log_momentum
 
 
 def _drop_padded(matrix: Tensor, real: Tensor | None) -> Tensor:
     """Zero the columns of padded slots."""
     if real is None:
         return matrix
-    columns = ~real[:, None, :] if matrix.dim() == 3 else ~real[:, None, None, :]
-    return matrix.masked_fill(columns, 0)
-
-
-def _compose(decay: Tensor, momentum: Tensor | None, real: Tensor | None) -> Tensor:
-    """A = B H, with column 0 for the chunk's start."""
-    kept = _drop_padded(decay[..., 1:], real)
-    if momentum is None:  # H is the identity, and no momentum enters from before the chunk
-        return torch.cat([torch.zeros_like(kept[..., :1]), kept], dim=-1)
-    return kept @ (momentum.unsqueeze(1) if decay.dim() == 4 else momentum)
+    padded = ~real[:, None, :] if matrix.dim() == 3 else ~real[:, None, None, :]
+    return matrix.masked_fill(padded, 0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from titans.ops.chunked.gates import GateMatrices
 from titans.ops.chunked.grid import ChunkGrid, make_grid
+from titans.ops.chunked.inner import shifted_target
 from titans.ops.spec import MemorySpec
 
 GROUP = 8  # chunks whose reads are done together, and between two kept states
@@ -38,10 +39,13 @@ class ChunkedInputs:
     cu_seqlens: Tensor | None
     spec: MemorySpec
     chunk_size: int
+    channelwise: bool
 
     @property
-    def channelwise(self) -> bool:
-        return self.log_decay[0].shape[-1] not in (1, self.spec.depth) or len(self.log_decay) > 1
+    def gates_are_shared(self) -> bool:
+        """Whether all memory layers have the same theta, decay and momentum."""
+        gates = [self.theta, *self.log_decay, *([] if self.log_momentum is None else [self.log_momentum])]
+        return not self.channelwise and all(gate.shape[-1] == 1 for gate in gates)
 
     @property
     def heads(self) -> int:
@@ -68,78 +72,68 @@ class ChunkedInputs:
 
 @dataclass
 class Group:
-    """The data of some consecutive steps, N = cells x heads rows each."""
+    """The data of some consecutive steps: tensors of N = cells x heads chunks.
+
+    sizes: how many of the N belong to each step. target: see `inner.shifted_target`. gates: one entry per
+    memory layer. real: `[N, C]`, None where no slot is padded. gain, bias: `[N, 1, D]` or None.
+    """
 
     steps: range
     first_cell: int
     cells: int
+    sizes: list[int]
     q: Tensor
     k: Tensor
-    v: Tensor
-    theta: list[Tensor]
+    target: Tensor
     gates: list[GateMatrices]
     real: Tensor | None
     gain: Tensor | None
     bias: Tensor | None
-    slices: list[slice] = field(default_factory=list)
 
     @classmethod
     def load(cls, x: ChunkedInputs, grid: ChunkGrid, first_step: int) -> Group:
         steps = range(first_step, min(first_step + GROUP, grid.steps))
         first_cell, cells = grid.cells(0, first_step), grid.cells(steps.start, steps.stop)
 
-        def load(tensor: Tensor) -> Tensor:
-            return grid.gather(tensor, first_cell, cells)
-
-        def gate(tensor: Tensor) -> Tensor:
-            return grid.gather_zeroed(tensor, first_cell, cells)
-
         def affine(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.repeat(cells, 1).unsqueeze(1)
 
+        k, bias = grid.gather(x.k, first_cell, cells), affine(x.norm_bias)
         real = None if grid.real is None else grid.mask(first_cell, cells, x.heads)
-        theta = gate(x.theta)
-        group = cls(
+        return cls(
             steps,
             first_cell,
             cells,
-            load(x.q),
-            load(x.k),
-            load(x.v),
-            [theta[..., layer : layer + 1] for layer in per_layer(theta.shape[-1], x.spec.depth)],
-            gate_matrices(x, gate, real),
-            real,
-            affine(x.norm_weight),
-            affine(x.norm_bias),
+            sizes=[grid.active[step] * x.heads for step in steps],
+            q=grid.gather(x.q, first_cell, cells),
+            k=k,
+            target=shifted_target(k, grid.gather(x.v, first_cell, cells), x.spec, bias),
+            gates=gate_matrices(x, lambda gate: grid.gather_zeroed(gate, first_cell, cells), real),
+            real=real,
+            gain=affine(x.norm_weight),
+            bias=bias,
         )
-        start = 0
-        for step in steps:
-            stop = start + grid.active[step] * x.heads
-            group.slices.append(slice(start, stop))
-            start = stop
-        return group
 
 
-def per_layer(gates: int, depth: int) -> list[int]:
-    """Which of the `gates` (1 or L) each memory layer uses."""
-    return [min(layer, gates - 1) for layer in range(depth)]
+def gate_matrices(
+    x: ChunkedInputs, gather: Callable[[Tensor], Tensor], real: Tensor | None
+) -> list[GateMatrices]:
+    """One entry per layer; the same object where layers share all their gates, so that it is built once."""
+    theta, log_decay = gather(x.theta), [gather(tensor) for tensor in x.log_decay]
+    log_momentum = None if x.log_momentum is None else gather(x.log_momentum)
 
+    def build(layer: int) -> GateMatrices:
+        def one(gate: Tensor) -> Tensor:
+            return gate[..., min(layer, gate.shape[-1] - 1)]
 
-def gate_matrices(x: ChunkedInputs, gate: Callable[[Tensor], Tensor], real: Tensor | None) -> list[GateMatrices]:
-    """One entry per layer; the same object where layers share their gates, so that it is built once."""
-    log_momentum = None if x.log_momentum is None else gate(x.log_momentum)
-    log_decay = [gate(tensor) for tensor in x.log_decay]
-    built: dict[tuple[int, int], GateMatrices] = {}
-    matrices = []
-    for layer in range(x.spec.depth):
-        slot = 0 if log_momentum is None else min(layer, log_momentum.shape[-1] - 1)
-        decay_slot = layer if x.channelwise else min(layer, log_decay[0].shape[-1] - 1)
-        if (decay_slot, slot) not in built:
-            built[decay_slot, slot] = GateMatrices.build(
-                log_decay[layer] if x.channelwise else log_decay[0][..., decay_slot],
-                None if log_momentum is None else log_momentum[..., slot],
-                real,
-                x.channelwise,
-            )
-        matrices.append(built[decay_slot, slot])
-    return matrices
+        return GateMatrices.build(
+            one(theta),
+            log_decay[layer] if x.channelwise else one(log_decay[0]),
+            None if log_momentum is None else one(log_momentum),
+            real,
+            x.channelwise,
+        )
+
+    if x.gates_are_shared:
+        return [build(0)] * x.spec.depth
+    return [build(layer) for layer in range(x.spec.depth)]

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from titans.ops.chunked.group import ChunkedInputs
-from titans.ops.chunked.passes import ChunkedResult, backward_pass, forward_pass, kept_cells
+from titans.ops.chunked.passes import backward_pass, forward_pass, kept_cells
 from titans.ops.spec import MemorySpec, MemoryState
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor theta, Tensor[] log_decay, Tensor? log_momentum, "
     "Tensor[] weights, Tensor[] momentum, Tensor[] anchor, Tensor position, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor? cu_seqlens, "
-    "int depth, int expansion, str activation, bool residual, bool norm, int chunk_size"
+    "int depth, int expansion, str activation, bool residual, bool norm, int chunk_size, bool channelwise"
 )
 
 
 def _inputs(*arguments: Any) -> ChunkedInputs:
-    *tensors, depth, expansion, activation, residual, norm, chunk_size = arguments
+    *tensors, depth, expansion, activation, residual, norm, chunk_size, channelwise = arguments
     spec = MemorySpec(tensors[0].shape[-1], depth, expansion, activation, residual, norm)
-    return ChunkedInputs(*tensors, spec=spec, chunk_size=chunk_size)
+    return ChunkedInputs(*tensors, spec=spec, chunk_size=chunk_size, channelwise=channelwise)
 
 
 def _like(tensors: list[Tensor]) -> list[Tensor]:
@@ -38,7 +38,7 @@ def chunked_forward(*arguments: Any) -> list[Tensor]:
     *arguments, keep = arguments
     result = forward_pass(_inputs(*arguments), keep)
     states = [*result.weights, *result.momentum, *result.anchor]
-    return [result.output, *states, *result.kept_weights, *result.kept_momentum]
+    return [result.output, *states, *result.kept]
 
 
 def _fake_forward(*arguments: Any) -> list[Tensor]:
@@ -54,14 +54,8 @@ def chunked_backward(*arguments: Any) -> list[Tensor]:
     norm_bias, in this order; the optional ones only where they were given."""
     *arguments, kept, grad_output, grad_states = arguments
     x = _inputs(*arguments)
-    depth, momentum = len(x.weights), len(x.momentum)
-    result = ChunkedResult(grad_output, [], [], [], kept[:depth], kept[depth:])
-    grads = backward_pass(
-        x,
-        result,
-        grad_output,
-        (grad_states[:depth], grad_states[depth : depth + momentum], grad_states[depth + momentum :]),
-    )
+    weights, momentum, anchor = _split(grad_states, (len(x.weights), len(x.momentum), len(x.anchor)))
+    grads = backward_pass(x, kept, grad_output, weights, momentum, anchor)
     found = [
         *(grads.q, grads.k, grads.v, grads.theta, *grads.log_decay, grads.log_momentum),
         *(*grads.weights, *grads.momentum, *grads.anchor, grads.norm_weight, grads.norm_bias),
@@ -166,7 +160,8 @@ def chunked(
     lists = [*decays, *state.weights, *momentum, *state.anchor]
     tensors = [q, k, v, theta, *lists, log_momentum, norm_weight, norm_bias]
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    settings = (spec.depth, spec.expansion, spec.activation, spec.residual, spec.norm, chunk_size)
+    channelwise = isinstance(log_decay, tuple)
+    settings = (spec.depth, spec.expansion, spec.activation, spec.residual, spec.norm, chunk_size, channelwise)
     lengths = (len(decays), spec.depth, len(momentum), spec.depth)
     output, *states = _Chunked.apply(
         *(settings, lengths, keep, q, k, v, theta, log_momentum, state.position),

@@ -15,25 +15,24 @@ from torch import Tensor
 
 from titans.ops.chunked.gates import GateGradients
 from titans.ops.chunked.grid import ChunkGrid
-from titans.ops.chunked.group import GROUP, ChunkedInputs, Group, per_layer
-from titans.ops.chunked.inner import InnerTrace
+from titans.ops.chunked.group import GROUP, ChunkedInputs, Group
 from titans.ops.chunked.read import read_group, read_group_backward
-from titans.ops.chunked.write import Ends, StateGradients, write_group, write_group_backward
+from titans.ops.chunked.unwrite import StateGradients, write_group_backward
+from titans.ops.chunked.write import Ends, LayerState, States, write_group
 
 Tensors = list[Tensor]
 
 
 @dataclass
 class ChunkedResult:
-    """output `[B, T, H, D]`; weights, momentum, anchor after the last token; kept states, L tensors each
-    `[cells, H, D_in, D_out]` (see `kept_cells`)."""
+    """output `[B, T, H, D]`; weights, momentum, anchor after the last token; kept: the states at the start of
+    every group after the first, `[cells, H, D_in, D_out]` each, weights of all layers before momentum."""
 
     output: Tensor
     weights: Tensors
     momentum: Tensors
     anchor: Tensors
-    kept_weights: Tensors
-    kept_momentum: Tensors
+    kept: Tensors
 
 
 def kept_cells(num_tokens: int, rows: int, chunk_size: int) -> int:
@@ -41,75 +40,30 @@ def kept_cells(num_tokens: int, rows: int, chunk_size: int) -> int:
     return (num_tokens + rows * chunk_size) // (chunk_size * GROUP)
 
 
-def _over_states(rows: Tensor) -> Tensor:
-    """A mask of rows, shaped to broadcast against `[R, H, D_in, D_out]`."""
-    return rows[:, None, None, None]
-
-
-def _first_anchor(x: ChunkedInputs, grid: ChunkGrid) -> Tensors | None:
-    """The anchor of the first chunk, sorted rows x heads; None where it is simply the weights."""
-    if not x.starts_inside_chunk():
-        return None
-    fresh = _over_states(x.position == 0)
-    return [
-        grid.sort(torch.where(fresh, w, a)).flatten(0, 1) for w, a in zip(x.weights, x.anchor, strict=True)
-    ]
-
-
-def _sorted(tensors: Tensors, grid: ChunkGrid) -> Tensors:
-    return [grid.sort(tensor).flatten(0, 1) for tensor in tensors]
-
-
-def _unsorted(tensors: Tensors, grid: ChunkGrid, heads: int) -> Tensors:
-    return [grid.unsort(tensor.unflatten(0, (-1, heads))) for tensor in tensors]
-
-
 def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
     grid = x.grid()
-    weights, momentum = _sorted(x.weights, grid), _sorted(x.momentum, grid)
+    states = _load_states(x.weights, x.momentum, grid)
     first_anchor = _first_anchor(x, grid)
-    ends = Ends(weights, momentum, _sorted(x.anchor, grid), x.heads)
-    kept: list[tuple[Tensors, Tensors]] = []
+    ends = Ends(states, _sorted(x.anchor, grid), x.heads)
+    kept = _Kept.allocate(x, grid) if keep else None
     canvas = grid.canvas(x.v)
     for first_step in range(0, grid.steps, GROUP):
-        if keep and first_step > 0:
-            rows = grid.active[first_step] * x.heads
-            kept.append(([w[:rows] for w in weights], [m[:rows] for m in momentum]))
+        if kept is not None and first_step > 0:
+            kept.push(states, grid.active[first_step] * x.heads)
         group = Group.load(x, grid, first_step)
-        written = write_group(x, grid, group, weights, momentum, first_anchor, ends)
-        weights, momentum = written.weights, written.momentum
-        inputs = InnerTrace.stack(written.traces).inputs
-        read = read_group(x, group, written, inputs)
-        grid.scatter(canvas, read.output, group.first_cell, group.cells)
-    closes_chunk = _over_states(x.closing_rows())
-    end_weights = _unsorted(ends.weights, grid, x.heads)
-    end_anchor = [
-        torch.where(closes_chunk, w, a)
-        for w, a in zip(end_weights, _unsorted(ends.anchor, grid, x.heads), strict=True)
-    ]
-    cells = kept_cells(x.q.shape[0] * x.q.shape[1], grid.rows, x.chunk_size) if keep else 0
+        written = write_group(grid, group, states, first_anchor, ends, x.spec)
+        states = written.state
+        grid.scatter(canvas, read_group(group, written, x.spec).output, group.first_cell, group.cells)
+    closes_chunk = _over_states(x.closing_rows())  # then the returned anchor is the returned weights
+    weights = _unsorted([state.weights for state in ends.states], grid, x.heads)
+    anchor = _unsorted(ends.anchor, grid, x.heads)
     return ChunkedResult(
         grid.finish(canvas, x.v),
-        end_weights,
-        _unsorted(ends.momentum, grid, x.heads),
-        end_anchor,
-        _pack_states([states for states, _ in kept], x.weights, cells),
-        _pack_states([states for _, states in kept], x.momentum, cells),
+        weights,
+        _unsorted([state.momentum for state in ends.states if state.momentum is not None], grid, x.heads),
+        [torch.where(closes_chunk, w, a) for w, a in zip(weights, anchor, strict=True)],
+        [] if kept is None else kept.tensors,
     )
-
-
-def _pack_states(kept: list[Tensors], like: Tensors, cells: int) -> Tensors:
-    """One tensor per layer for all kept states; its size must follow from shapes alone, so it may have slack."""
-    packed = []
-    for layer, tensor in enumerate(like):
-        storage = tensor.new_empty((cells, *tensor.shape[1:]))
-        flat, start = storage.flatten(0, 1), 0
-        for states in kept:
-            stop = start + states[layer].shape[0]
-            flat[start:stop] = states[layer]
-            start = stop
-        packed.append(storage)
-    return packed
 
 
 @dataclass
@@ -130,100 +84,93 @@ class ChunkedGradients:
 
 
 def backward_pass(
-    x: ChunkedInputs, result: ChunkedResult, grad_output: Tensor, grads: tuple[Tensors, Tensors, Tensors]
+    x: ChunkedInputs,
+    kept: Tensors,
+    grad_output: Tensor,
+    grad_weights: Tensors,
+    grad_momentum: Tensors,
+    grad_anchor: Tensors,
 ) -> ChunkedGradients:
-    """`grads`: gradients of the returned weights, momentum and anchor. Of `result` only kept states are used."""
-    grid, heads, depth = x.grid(), x.heads, x.spec.depth
-    grad_weights, grad_momentum, grad_anchor = grads
-    closes_chunk = _over_states(x.closing_rows())
-    grad_weights = [
-        w + a.masked_fill(~closes_chunk, 0) for w, a in zip(grad_weights, grad_anchor, strict=True)
-    ]
-    end_anchor = [a.masked_fill(closes_chunk, 0) for a in grad_anchor]
-    first_anchor = _first_anchor(x, grid)
-    state = StateGradients(
-        _sorted(grad_weights, grid),
-        [tensor.clone() for tensor in _sorted(grad_momentum, grid)],
-        _sorted(end_anchor, grid),
-        first_anchor,
-        heads,
-    )
-    canvases = {
-        name: grid.canvas(tensor) for name, tensor in (("q", x.q), ("k", x.k), ("v", x.v), ("theta", x.theta))
-    }
-    decay_canvases = [grid.canvas(tensor) for tensor in x.log_decay]
-    momentum_canvas = None if x.log_momentum is None else grid.canvas(x.log_momentum)
-    norm_weight = None if x.norm_weight is None else torch.zeros_like(x.norm_weight)
-    norm_bias = None if x.norm_bias is None else torch.zeros_like(x.norm_bias)
-    last_group = (grid.steps - 1) // GROUP * GROUP
-    kept_stop = sum(grid.active[step] for step in range(GROUP, grid.steps, GROUP)) * heads
-    initial = _sorted(x.weights, grid), _sorted(x.momentum, grid)
-    for first_step in range(last_group, -1, -GROUP):
-        weights, momentum = initial
-        if first_step > 0:
-            kept_start = kept_stop - grid.active[first_step] * heads
-            weights = [kept.flatten(0, 1)[kept_start:kept_stop] for kept in result.kept_weights]
-            momentum = [kept.flatten(0, 1)[kept_start:kept_stop] for kept in result.kept_momentum]
-            kept_stop = kept_start
+    """`kept` as `forward_pass` returned it; the other arguments are gradients of what it returned."""
+    grid = x.grid()
+    gradients = _end_gradients(x, grid, grad_weights, grad_momentum, grad_anchor)
+    initial = _load_states(x.weights, x.momentum, grid)
+    states_kept = _Kept(kept, x.spec.depth, sum(grid.active[s] for s in range(GROUP, grid.steps, GROUP)) * x.heads)
+    collected = _Collected(x, grid)
+    for first_step in range((grid.steps - 1) // GROUP * GROUP, -1, -GROUP):
+        states = initial if first_step == 0 else states_kept.pop(grid.active[first_step] * x.heads)
         group = Group.load(x, grid, first_step)
-        written = write_group(x, grid, group, weights, momentum, first_anchor, None)
-        trace = InnerTrace.stack(written.traces)
-        written.traces.clear()
+        written = write_group(grid, group, states, gradients.first_anchor, None, x.spec)
         unique = {id(gates): GateGradients(gates) for gates in group.gates}
         into = [unique[id(gates)] for gates in group.gates]
-        read = read_group(x, group, written, trace.inputs)
-        grad_read = grid.gather_zeroed(grad_output, group.first_cell, group.cells)
-        reads = read_group_backward(x, group, written, trace.inputs, read, grad_read, into)
-        grad_k, grad_v, grad_theta = write_group_backward(x, grid, group, written, trace, reads, into, state)
+        grad = grid.gather_zeroed(grad_output, group.first_cell, group.cells)
+        read = read_group(group, written, x.spec)
+        reads = read_group_backward(group, written, read, grad, into, x.spec)
+        writes = write_group_backward(grid, group, written, reads, into, gradients, x.spec)
+        collected.put(group, "q", reads.q)
+        collected.put(group, "k", writes.k)
+        collected.put(group, "v", writes.v)
+        collected.put_gates(group, list(unique.values()))
+        collected.add_affine([reads.gain, writes.gain], [reads.bias, writes.bias])
+    weights, anchor = _start_gradients(x, grid, gradients, grad_anchor)
+    momentum = [state.momentum for state in gradients.states if state.momentum is not None]
+    return collected.finish(weights, _unsorted(momentum, grid, x.heads), anchor)
 
-        def put(canvas: Tensor, values: Tensor, group: Group = group) -> None:
-            grid.scatter(canvas, values, group.first_cell, group.cells)
 
-        put(canvases["q"], reads.q)
-        put(canvases["k"], grad_k)
-        put(canvases["v"], grad_v)
-        put(canvases["theta"], _sum_shared(grad_theta, x.theta.shape[-1]))
-        decay_logs, momentum_logs = _gate_log_gradients(x, group, into, depth)
-        for canvas, values in zip(decay_canvases, decay_logs, strict=True):
-            put(canvas, values)
-        if momentum_canvas is not None and momentum_logs is not None:
-            put(momentum_canvas, momentum_logs)
-        if norm_weight is not None and reads.gain is not None:
-            norm_weight += reads.gain.view(-1, heads, norm_weight.shape[-1]).sum(0)
-        if norm_bias is not None and reads.bias is not None:
-            norm_bias += reads.bias.view(-1, heads, norm_bias.shape[-1]).sum(0)
+def _over_states(rows: Tensor) -> Tensor:
+    """A mask of rows, shaped to broadcast against `[R, H, D_in, D_out]`."""
+    return rows[:, None, None, None]
 
-    start_weights = _unsorted(state.weights, grid, heads)
-    start_anchor = [torch.zeros_like(weight) for weight in start_weights]
-    if state.grad_first_anchor is not None:
+
+def _sorted(tensors: Tensors, grid: ChunkGrid) -> Tensors:
+    """`[R, H, ...]` -> `[sorted rows x H, ...]`."""
+    return [grid.sort(tensor).flatten(0, 1) for tensor in tensors]
+
+
+def _unsorted(tensors: Tensors, grid: ChunkGrid, heads: int) -> Tensors:
+    return [grid.unsort(tensor.unflatten(0, (-1, heads))) for tensor in tensors]
+
+
+def _load_states(weights: Tensors, momentum: Tensors, grid: ChunkGrid) -> States:
+    layers = zip(*(_sorted(tensors, grid) for tensors in (weights, momentum) if tensors), strict=True)
+    return [LayerState.of(layer) for layer in layers]
+
+
+def _first_anchor(x: ChunkedInputs, grid: ChunkGrid) -> Tensors | None:
+    """The anchor of the first chunk; None where it is simply the weights."""
+    if not x.starts_inside_chunk():
+        return None
+    fresh = _over_states(x.position == 0)
+    return _sorted([torch.where(fresh, w, a) for w, a in zip(x.weights, x.anchor, strict=True)], grid)
+
+
+def _end_gradients(
+    x: ChunkedInputs, grid: ChunkGrid, grad_weights: Tensors, grad_momentum: Tensors, grad_anchor: Tensors
+) -> StateGradients:
+    closes_chunk = _over_states(x.closing_rows())
+    weights = [w + a.masked_fill(~closes_chunk, 0) for w, a in zip(grad_weights, grad_anchor, strict=True)]
+    states = [state.clone() for state in _load_states(weights, grad_momentum, grid)]
+    end_anchor = _sorted([a.masked_fill(closes_chunk, 0) for a in grad_anchor], grid)
+    return StateGradients(states, end_anchor, _first_anchor(x, grid), x.heads)
+
+
+def _start_gradients(
+    x: ChunkedInputs, grid: ChunkGrid, gradients: StateGradients, grad_anchor: Tensors
+) -> tuple[Tensors, Tensors]:
+    """Gradients of the initial weights and anchor."""
+    weights = _unsorted([state.weights for state in gradients.states], grid, x.heads)
+    anchor = [torch.zeros_like(tensor) for tensor in weights]
+    if gradients.grad_first_anchor is not None:
+        rows = grid.rows * x.heads
+        first = _unsorted([_pad_rows(tensor, rows) for tensor in gradients.grad_first_anchor], grid, x.heads)
         fresh = _over_states(x.position == 0)
-        padded = [_pad_rows(tensor, grid.rows * heads) for tensor in state.grad_first_anchor]
-        first = _unsorted(padded, grid, heads)
-        start_weights = [w + a.masked_fill(~fresh, 0) for w, a in zip(start_weights, first, strict=True)]
-        start_anchor = [a.masked_fill(fresh, 0) for a in first]
+        weights = [w + a.masked_fill(~fresh, 0) for w, a in zip(weights, first, strict=True)]
+        anchor = [a.masked_fill(fresh, 0) for a in first]
     empty = x.empty_rows()
     if empty is not None:
         passed = ~_over_states(empty)
-        start_anchor = [a + end.masked_fill(passed, 0) for a, end in zip(start_anchor, grad_anchor, strict=True)]
-    return ChunkedGradients(
-        q=grid.finish(canvases["q"], x.q),
-        k=grid.finish(canvases["k"], x.k),
-        v=grid.finish(canvases["v"], x.v),
-        theta=grid.finish(canvases["theta"], x.theta),
-        log_decay=[
-            grid.finish(canvas, tensor) for canvas, tensor in zip(decay_canvases, x.log_decay, strict=True)
-        ],
-        log_momentum=(
-            None
-            if momentum_canvas is None or x.log_momentum is None
-            else grid.finish(momentum_canvas, x.log_momentum)
-        ),
-        weights=start_weights,
-        momentum=_unsorted(state.momentum, grid, heads),
-        anchor=start_anchor,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-    )
+        anchor = [a + end.masked_fill(passed, 0) for a, end in zip(anchor, grad_anchor, strict=True)]
+    return weights, anchor
 
 
 def _pad_rows(tensor: Tensor, rows: int) -> Tensor:
@@ -231,24 +178,85 @@ def _pad_rows(tensor: Tensor, rows: int) -> Tensor:
     return tensor if missing == 0 else torch.cat([tensor, tensor.new_zeros((missing, *tensor.shape[1:]))])
 
 
-def _sum_shared(per_memory_layer: Tensors, gates: int) -> Tensor:
-    """L gradients `[N, C]` -> `[N, C, gates]`: the sum where layers share one gate."""
-    stacked = torch.stack(per_memory_layer, dim=-1)
-    return stacked.sum(-1, keepdim=True) if gates == 1 else stacked
+class _Kept:
+    """A stack of states, stored in tensors whose size follows from shapes alone (so they may have slack)."""
+
+    def __init__(self, tensors: Tensors, depth: int, top: int = 0) -> None:
+        self.tensors, self.depth, self.top = tensors, depth, top
+        self.flat = [tensor.flatten(0, 1) for tensor in tensors]
+
+    @classmethod
+    def allocate(cls, x: ChunkedInputs, grid: ChunkGrid) -> _Kept:
+        cells = kept_cells(grid.num_tokens, grid.rows, x.chunk_size)
+        tensors = [state.new_empty((cells, *state.shape[1:])) for state in [*x.weights, *x.momentum]]
+        return cls(tensors, x.spec.depth)
+
+    def push(self, states: States, rows: int) -> None:
+        weights, momentum = [s.weights for s in states], [s.momentum for s in states if s.momentum is not None]
+        for flat, tensor in zip(self.flat, [*weights, *momentum], strict=True):
+            flat[self.top : self.top + rows] = tensor[:rows]
+        self.top += rows
+
+    def pop(self, rows: int) -> States:
+        self.top -= rows
+        tensors = [flat[self.top : self.top + rows] for flat in self.flat]
+        return [LayerState.of(tensors[layer :: self.depth]) for layer in range(self.depth)]
 
 
-def _gate_log_gradients(
-    x: ChunkedInputs, group: Group, into: Tensors | list[GateGradients], depth: int
-) -> tuple[Tensors, Tensor | None]:
-    """Gradients of log_decay (one tensor, or one per layer) and log_momentum, `[N, C, gates]`."""
-    done: dict[int, tuple[Tensor, Tensor | None]] = {}
-    for gradients in into:
-        if id(gradients) not in done:
-            done[id(gradients)] = gradients.to_logs(group.real)
-    unique = list(done.values())  # in layer order; one entry where all layers share
-    decays = [decay for decay, _ in unique]
-    decay_logs = decays if x.channelwise else [_sum_shared(decays, x.log_decay[0].shape[-1])]
-    if x.log_momentum is None:
-        return decay_logs, None
-    momenta = [momentum for _, momentum in unique if momentum is not None]
-    return decay_logs, _sum_shared(momenta, x.log_momentum.shape[-1])
+class _Collected:
+    """Gradients of the token-wise arguments, group by group."""
+
+    def __init__(self, x: ChunkedInputs, grid: ChunkGrid) -> None:
+        self.x, self.grid = x, grid
+        gates = {"theta": x.theta, "log_momentum": x.log_momentum}
+        gates |= {f"log_decay{layer}": tensor for layer, tensor in enumerate(x.log_decay)}
+        tokens = {"q": x.q, "k": x.k, "v": x.v, **gates}
+        self.like = {name: tensor for name, tensor in tokens.items() if tensor is not None}
+        self.canvas = {name: grid.canvas(tensor) for name, tensor in self.like.items()}
+        self.norm_weight = None if x.norm_weight is None else torch.zeros_like(x.norm_weight)
+        self.norm_bias = None if x.norm_bias is None else torch.zeros_like(x.norm_bias)
+
+    def put(self, group: Group, name: str, values: Tensor) -> None:
+        self.grid.scatter(self.canvas[name], values, group.first_cell, group.cells)
+
+    def put_gates(self, group: Group, unique: list[GateGradients]) -> None:
+        """`unique` has one entry per memory layer, or a single one that they all share."""
+        theta, decay, momentum = zip(*(gradients.to_gates(group.real) for gradients in unique), strict=True)
+
+        def put_scalar(name: str, layers: tuple[Tensor, ...]) -> None:
+            stacked = torch.stack(layers, dim=-1)
+            shared = self.like[name].shape[-1] == 1
+            self.put(group, name, stacked.sum(-1, keepdim=True) if shared else stacked)
+
+        put_scalar("theta", theta)
+        if self.x.log_momentum is not None:
+            put_scalar("log_momentum", momentum)
+        if not self.x.channelwise:
+            put_scalar("log_decay0", decay)
+            return
+        for layer, values in enumerate(decay):
+            self.put(group, f"log_decay{layer}", values)
+
+    def add_affine(self, gains: list[Tensor | None], biases: list[Tensor | None]) -> None:
+        for total, parts in ((self.norm_weight, gains), (self.norm_bias, biases)):
+            if total is None:
+                continue
+            for part in parts:
+                assert part is not None
+                total += part.sum(1).view(-1, *total.shape).sum(0)
+
+    def finish(self, weights: Tensors, momentum: Tensors, anchor: Tensors) -> ChunkedGradients:
+        done = {name: self.grid.finish(self.canvas[name], like) for name, like in self.like.items()}
+        return ChunkedGradients(
+            q=done["q"],
+            k=done["k"],
+            v=done["v"],
+            theta=done["theta"],
+            log_decay=[done[f"log_decay{layer}"] for layer in range(len(self.x.log_decay))],
+            log_momentum=done.get("log_momentum"),
+            weights=weights,
+            momentum=momentum,
+            anchor=anchor,
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+        )

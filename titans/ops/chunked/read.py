@@ -4,56 +4,52 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from titans.ops.chunked import activations
 from titans.ops.chunked.dual import LayerRead, ReadGradients, read_layer, read_layer_backward
 from titans.ops.chunked.gates import GateGradients
-from titans.ops.chunked.group import ChunkedInputs, Group
+from titans.ops.chunked.group import Group
 from titans.ops.chunked.inner import normalize, normalize_backward
-from titans.ops.chunked.written import Written
+from titans.ops.chunked.write import Written
+from titans.ops.spec import MemorySpec
 
 
 @dataclass
-class Read:
-    """A group after its reads: every layer, the normalised top and the output `[N, C, D]`."""
+class GroupRead:
+    """A group after its reads: every layer, (normed, mean, rstd) of the LN, and the output `[N, C, D]`."""
 
     layers: list[LayerRead]
-    normed: Tensor | None
-    rstd: Tensor | None
+    norm: tuple[Tensor, Tensor, Tensor] | None
     output: Tensor
 
 
-def read_group(x: ChunkedInputs, group: Group, written: Written, inputs: list[Tensor]) -> Read:
+def read_group(group: Group, written: Written, spec: MemorySpec) -> GroupRead:
     layers: list[LayerRead] = []
     queries = group.q
-    for layer in range(x.spec.depth):
+    for layer, state in enumerate(written.starts):
         if layer > 0:
-            queries = activations.value(layers[-1].output, x.spec.activation)
+            below = layers[-1].output
+            queries = activations.value(below, spec.activation, out=torch.empty_like(below))
+        trace = written.trace
         layers.append(
             read_layer(
-                queries,
-                inputs[layer],
-                written.updates[layer],
-                written.start_weights[layer],
-                written.start_momentum[layer] if written.start_momentum else None,
-                group.gates[layer],
+                queries, trace.inputs[layer], trace.grads[layer], state.weights, state.momentum, group.gates[layer]
             )
         )
-    output, normed, rstd = layers[-1].output, None, None
-    if x.spec.norm:
-        normed, rstd = normalize(output)
-        output = normed if group.gain is None else normed * group.gain
+    output, norm = layers[-1].output, None
+    if spec.norm:
+        norm = normalize(output)
+        output = norm[0] if group.gain is None else norm[0] * group.gain
         if group.bias is not None:
             output = output + group.bias
-    if x.spec.residual:
-        output = output + group.q
-    return Read(layers, normed, rstd, output)
+    return GroupRead(layers, norm, output + group.q if spec.residual else output)
 
 
 @dataclass
 class GroupReadGradients:
-    """q: `[N, C, D]`; gain, bias: `[N, 1, D]` or None; one entry per memory layer in `layers`."""
+    """q: `[N, C, D]`; gain, bias: gradients of the LN's gain and bias, `[N, C, D]` or None; layers: the rest."""
 
     q: Tensor
     gain: Tensor | None
@@ -62,33 +58,30 @@ class GroupReadGradients:
 
 
 def read_group_backward(
-    x: ChunkedInputs,
-    group: Group,
-    written: Written,
-    inputs: list[Tensor],
-    read: Read,
-    grad_output: Tensor,
-    into: list[GateGradients],
+    group: Group, written: Written, read: GroupRead, grad_output: Tensor, into: list[GateGradients], spec: MemorySpec
 ) -> GroupReadGradients:
     grad, grad_gain, grad_bias = grad_output, None, None
-    if read.normed is not None and read.rstd is not None:
-        grad_gain = (grad * read.normed).sum(1, keepdim=True)
-        grad_bias = grad.sum(1, keepdim=True)
-        grad = normalize_backward(grad if group.gain is None else grad * group.gain, read.normed, read.rstd)
+    if read.norm is not None:
+        normed, mean, rstd = read.norm
+        grad_gain, grad_bias = grad * normed, grad
+        scaled = grad if group.gain is None else grad * group.gain
+        grad = normalize_backward(scaled, read.layers[-1].output, mean, rstd)
     layers: list[ReadGradients] = []
-    for layer in range(x.spec.depth - 1, -1, -1):
+    for layer in range(spec.depth - 1, -1, -1):
+        state = written.starts[layer]
         gradients = read_layer_backward(
             grad,
             read.layers[layer],
-            inputs[layer],
-            written.updates[layer],
-            written.start_weights[layer],
-            written.start_momentum[layer] if written.start_momentum else None,
+            written.trace.inputs[layer],
+            written.trace.grads[layer],
+            state.weights,
+            state.momentum,
             group.gates[layer],
             into[layer],
         )
         layers.insert(0, gradients)
         if layer > 0:
-            grad = activations.slope_times(gradients.queries, read.layers[layer - 1].output, x.spec.activation)
-    grad_q = layers[0].queries + grad_output if x.spec.residual else layers[0].queries
+            below, through = read.layers[layer - 1].output, gradients.queries
+            grad = activations.slope_times(through, below, spec.activation, out=torch.empty_like(below))
+    grad_q = layers[0].queries + grad_output if spec.residual else layers[0].queries
     return GroupReadGradients(grad_q, grad_gain, grad_bias, layers)
