@@ -12,23 +12,33 @@ from titans.ops import MemorySpec
 
 VARIANTS = ("lmm", "mac", "mag", "mal", "attention")
 
-# Blocks, hidden size, heads, width of the MLP. The paper's table gives the first three, but for "tiny" and
-# "400m", which it does not have.
+# Blocks, hidden size and heads: the paper's table, but for "tiny" and "400m", which it does not have.
 SIZES = {
-    "tiny": (4, 128, 4, 384),
-    "170m": (12, 768, 16, 2048),
-    "340m": (24, 1024, 16, 2752),
-    "400m": (24, 1024, 16, 2752),
-    "760m": (24, 1536, 16, 4096),
-    "1.3b": (18, 2048, 8, 5440),
+    "tiny": (4, 128, 4),
+    "170m": (12, 768, 16),
+    "340m": (24, 1024, 16),
+    "400m": (24, 1024, 16),
+    "760m": (24, 1536, 16),
+    "1.3b": (18, 2048, 8),
 }
-SIZE_FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+SIZE_FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+# Width of the MLP. Mixers differ by up to 5.6 hidden_size^2 a block (mac against attention), so one width for
+# all would make a "340m" anything from 340 to 480 million. These multiples of 64 bring every variant within
+# 1 % of the name (32,000 tied tokens): variants of one size can be compared at equal parameters.
+MLP_WIDTHS = {
+    "tiny": {"lmm": 384, "mac": 384, "mag": 384, "mal": 384, "attention": 384},
+    "170m": {"lmm": 3712, "mac": 2688, "mag": 2944, "mal": 2688, "attention": 4224},
+    "340m": {"lmm": 2240, "mac": 832, "mag": 1216, "mal": 832, "attention": 2752},
+    "400m": {"lmm": 3008, "mac": 1664, "mag": 1984, "mal": 1664, "attention": 3584},
+    "760m": {"lmm": 3584, "mac": 1536, "mag": 2048, "mal": 1536, "attention": 4352},
+    "1.3b": {"lmm": 7488, "mac": 4736, "mag": 5440, "mal": 4736, "attention": 8384},
+}
 # The rest of "tiny", for tests and the demo: lengths at which every boundary is met within 100 tokens.
 TINY_FIELDS = {"memory_head_dim": 32, "segment_size": 64, "window_size": 64, "num_persistent_tokens": 4}
 
 
 class TitansConfig(PreTrainedConfig):
-    """Configuration of `TitansModel` and `TitansForCausalLM`.
+    """Configuration of `TitansModel` and `TitansForCausalLM`; `named` gives the usual sizes.
 
     vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, rms_norm_eps,
     rope_theta, initializer_range, tie_word_embeddings, use_cache: as in Llama.
@@ -89,14 +99,21 @@ class TitansConfig(PreTrainedConfig):
 
     @classmethod
     def named(cls, size: str, **overrides: Any) -> TitansConfig:
-        """The configuration of a named size (`tiny`, `170m`, `340m`, `400m`, `760m`, `1.3b`).
+        """The configuration of a named size: `tiny`, `170m`, `340m`, `400m`, `760m`, `1.3b`.
 
-        Any field can be overridden: `TitansConfig.named("tiny", variant="mag", vocab_size=259)`.
+        From 170m on all variants of a size have as many parameters as its name says (with the default
+        vocabulary). Any field can be overridden: `TitansConfig.named("tiny", variant="mag", vocab_size=259)`.
         """
         if size not in SIZES:
             raise unknown_name("model size", size, SIZES)
-        fields = dict(zip(SIZE_FIELDS, SIZES[size], strict=True))
-        return cls(**{**fields, **(TINY_FIELDS if size == "tiny" else {}), **overrides})
+        variant = overrides.get("variant", cls.variant)
+        if variant not in VARIANTS:
+            raise unknown_name("variant", variant, VARIANTS)
+        fields: dict[str, Any] = dict(zip(SIZE_FIELDS, SIZES[size], strict=True))
+        fields["intermediate_size"] = MLP_WIDTHS[size][variant]
+        if size == "tiny":
+            fields.update(TINY_FIELDS)
+        return cls(**{**fields, **overrides})
 
     @property
     def memory_spec(self) -> NeuralMemorySpec:
