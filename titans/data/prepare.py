@@ -157,6 +157,11 @@ class _Spool:
     starts: Int64Array
     keys: npt.NDArray[np.uint64]
 
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Tokens of the stream. Read, not mapped: a map of all of it would count as this process's memory."""
+        offset = start * np.dtype(self.dtype).itemsize
+        return np.fromfile(self.path, dtype=self.dtype, count=stop - start, offset=offset)
+
 
 def _tokenize(
     corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", path: Path, seed: int, progress: ProgressCallback
@@ -261,7 +266,6 @@ def _write_splits(
         # To the shards it is a second document, which starts where the first one's training part ends.
         starts = np.asarray([0, spool.tokens - held_out])
         in_split, validation = np.asarray([False, True]), "position"
-    stream = np.memmap(spool.path, dtype=spool.dtype, mode="r")
     ends = np.append(starts[1:], spool.tokens)
     splits = []
     for name, selected in (("train", ~in_split), ("val", in_split)):
@@ -271,7 +275,7 @@ def _write_splits(
                 for begin in range(starts[first], ends[last], _COPY_TOKENS):
                     end = min(begin + _COPY_TOKENS, int(ends[last]))
                     inside = starts[np.searchsorted(starts, begin) : np.searchsorted(starts, end)]
-                    writer.write(stream[begin:end], inside - begin)
+                    writer.write(spool.read(begin, end), inside - begin)
             splits.append(writer.close())
         except BaseException:
             writer.abandon()
