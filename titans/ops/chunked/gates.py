@@ -6,8 +6,9 @@ With a_t = exp(log_decay_t), eta_t = exp(log_momentum_t), inside a chunk (t, s, 
     A = B H                         M_t = B[t, 0] M_0 + A[t, 0] S_0 - sum_i A[t, i] theta_i G_i
                                     S_t = H[t, 0] S_0               - sum_i H[t, i] theta_i G_i
 
-All products are sums of logs over a segment, taken before exp: nothing overflows, a gate of exactly zero
-(log = -inf) is legal, and no difference of large sums is ever formed.
+All entries are running products of gates in [0, 1]: they can only underflow, a gate of exactly zero
+(log = -inf) is legal, and no ratio or difference of large numbers is ever formed. Their relative error is at
+most C eps (4e-6 at C = 64 in fp32).
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ def segment_products(log_gate: Tensor) -> Tensor:
     size = log_gate.shape[-1]
     start = torch.arange(size + 1, device=log_gate.device)[:, None]
     token = torch.arange(size, device=log_gate.device)
-    # Built transposed, so that the running sum walks along memory.
-    logs = log_gate.unsqueeze(-2).expand(*log_gate.shape[:-1], size + 1, size)
-    sums = logs.masked_fill(token < start, 0).cumsum(-1)
-    return sums.masked_fill_(token < start - 1, -torch.inf).exp_().mT
+    # Built transposed, so that the running product walks along memory.
+    gates = log_gate.exp().unsqueeze(-2).expand(*log_gate.shape[:-1], size + 1, size)
+    return gates.masked_fill(token < start, 1).cumprod(-1).masked_fill_(token < start - 1, 0).mT
 
 
 def segment_products_backward(grad: Tensor, products: Tensor) -> Tensor:
