@@ -1,0 +1,52 @@
+"""Named experiments: plain functions that return a ``Recipe``. ``titans train --list`` prints them."""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+from titans.errors import UserError, unknown_name
+from titans.recipes.demo import demo_mac
+from titans.recipes.tiny import tiny_attention, tiny_lmm, tiny_mac, tiny_mag, tiny_mal
+from titans.training.recipe import Recipe
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    recipe.__name__: recipe for recipe in (demo_mac, tiny_lmm, tiny_mac, tiny_mag, tiny_mal, tiny_attention)
+}
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe called ``name``, or the one that ``path/to/file.py:function`` returns.
+
+    Raises:
+        UserError: no recipe of that name (the nearest is proposed), no such file or function in it, or the
+            function does not return a ``Recipe``.
+    """
+    if ".py" in name:
+        function = _from_file(name)
+    elif name in RECIPES:
+        function = RECIPES[name]
+    else:
+        raise unknown_name("recipe", name, RECIPES)
+    recipe = function()
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"{name}: expected the function to return a Recipe, got {type(recipe).__name__}")
+    return recipe
+
+
+def _from_file(name: str) -> Callable[[], Recipe]:
+    file, _, function_name = name.rpartition(":")
+    if not file or not function_name:
+        raise UserError(f"{name}: expected path/to/file.py:function")
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"{file}: no such file (a recipe is a name, or path/to/file.py:function)")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
+    if function_name not in functions:
+        raise unknown_name(f"function in {file}", function_name, functions)
+    return functions[function_name]

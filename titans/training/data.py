@@ -1,0 +1,64 @@
+"""From a recipe's data folder to what the training loop needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedTokenizerBase
+
+from titans.data.dataset import PackedCollator, PackedDataset
+from titans.data.shards import TokenShards
+from titans.data.tokenizer import load_tokenizer
+from titans.errors import UserError
+from titans.training.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Map-style sequences, the function that makes batches of them, and the vocabulary.
+
+    ``validation`` is None when nothing was held out.
+    """
+
+    train: Dataset[Any]
+    validation: Dataset[Any] | None
+    collate: Callable[[list[Any]], dict[str, Any]]
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+
+
+def open_data(recipe: Recipe) -> TrainingData:
+    """Open the token shards that ``recipe`` names.
+
+    Raises:
+        UserError: the folder is missing or damaged, or holds fewer tokens than one sequence.
+    """
+    settings = recipe.data
+    train = TokenShards(settings.folder)
+    validation: Dataset[Any] | None = None
+    # A validation split shorter than one sequence would be no measure: it is shortened to fit, not refused.
+    if train.meta.splits["val"].tokens >= 2:
+        held_out = TokenShards(settings.folder, "val")
+        windows = PackedDataset(held_out, min(settings.sequence_length, len(held_out)))
+        validation = _evenly_spaced(windows, recipe.training.eval_sequences)
+    tokenizer = load_tokenizer(settings.folder)
+    if len(tokenizer) > train.vocab_size:
+        raise UserError(
+            f"{settings.folder}: the tokenizer beside the shards has {len(tokenizer)} ids, "
+            f"the shards were made with {train.vocab_size}"
+        )
+    return TrainingData(
+        train=PackedDataset(train, settings.sequence_length, seed=recipe.training.seed),
+        validation=validation,
+        collate=PackedCollator(),
+        tokenizer=tokenizer,
+        vocab_size=train.vocab_size,
+    )
+
+
+def _evenly_spaced(windows: PackedDataset, count: int) -> Dataset[Any]:
+    """``count`` windows from all over the split, always the same ones."""
+    if len(windows) <= count:
+        return windows
+    return Subset(windows, [index * len(windows) // count for index in range(count)])
