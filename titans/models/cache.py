@@ -39,6 +39,7 @@ class TitansCache(Cache):
         super().__init__(layers=[])
         self.states: list[Any] = []
         self.seen = 0
+        self.variant: str | None = None  # whose states these are
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far, padding included: what `generate` counts its masks by."""
@@ -81,7 +82,7 @@ class TitansCache(Cache):
         """The same numbers without history: the end of truncated backpropagation through time."""
         cache = TitansCache()
         cache.states = [state.detach() for state in self.states]
-        cache.seen = self.seen
+        cache.seen, cache.variant = self.seen, self.variant
         return cache
 
     def crop(self, tokens_to_remove: int) -> NoReturn:

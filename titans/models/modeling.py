@@ -114,7 +114,7 @@ class TitansModel(TitansPreTrainedModel):
         if keep_state:
             # The caller's object goes on: whoever holds it holds the stream.
             cache = past_key_values if past_key_values is not None else TitansCache()
-            cache.states = new_states
+            cache.states, cache.variant = new_states, self.config.variant
             cache.seen += layout.tokens
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -149,6 +149,11 @@ class TitansModel(TitansPreTrainedModel):
             raise ValueError(
                 f"past_key_values must hold {len(self.layers)} blocks of {layout.states} rows, got "
                 f"{len(cache.states)} blocks of {cache.batch_size} rows"
+            )
+        if cache.variant != self.config.variant:
+            raise ValueError(
+                f"past_key_values must come from a model of variant {self.config.variant!r}, got one from "
+                f"{cache.variant!r}"
             )
         return cache.states
 

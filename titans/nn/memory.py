@@ -91,14 +91,21 @@ class InitialMemory(FullPrecision):
     def __init__(self, heads: int, spec: MemorySpec) -> None:
         super().__init__()
         dtype = at_least_fp32(torch.get_default_dtype())
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(heads, *shape, dtype=dtype)) for shape in spec.layer_shapes
-        )
+        self.depth = spec.depth
+        # Parameters of this very module, not of a ParameterList: transformers initialises what a checkpoint
+        # lacks module by module.
+        for layer, shape in enumerate(spec.layer_shapes):
+            self.register_parameter(f"weight_{layer}", nn.Parameter(torch.empty(heads, *shape, dtype=dtype)))
         affine = [
             nn.Parameter(torch.empty(heads, spec.dim, dtype=dtype)) if spec.norm else None for _ in "ab"
         ]
         self.norm_weight, self.norm_bias = affine
         self.reset_parameters()
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """`M_0`: L tensors `[H, D_in, D_out]`."""
+        return tuple(self.get_parameter(f"weight_{layer}") for layer in range(self.depth))
 
     def reset_parameters(self) -> None:
         # A hidden layer keeps the scale of its input; zeros would leave two layers without a gradient.
@@ -109,7 +116,7 @@ class InitialMemory(FullPrecision):
             nn.init.zeros_(self.norm_bias)
 
     def state(self, batch: int) -> MemoryState:
-        return MemoryState.initial(tuple(self.weights), batch=batch)
+        return MemoryState.initial(self.weights, batch=batch)
 
 
 class MemoryCore(nn.Module):

@@ -25,6 +25,6 @@ class FullPrecision(nn.Module):
             moved = fn(tensor)
             if not tensor.is_floating_point() or moved.dtype == at_least_fp32(moved.dtype):
                 return moved
-            return tensor.to(device=moved.device, dtype=at_least_fp32(tensor.dtype))
+            return tensor.to(device=moved.device, dtype=at_least_fp32(moved.dtype))
 
         return super()._apply(guarded, recurse)

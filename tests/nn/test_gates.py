@@ -1,0 +1,107 @@
+"""Gates: in range, bounded, exact at their zeros, and in full precision under autocast."""
+
+import pytest
+import torch
+
+from titans.nn import GateSpec, MemoryGates
+
+HIDDEN, HEADS, LAYERS = 8, 2, 3
+
+
+def randomised(spec, scale=1.0):
+    gates = MemoryGates(HIDDEN, HEADS, LAYERS, spec).double()
+    torch.nn.init.normal_(gates.weight, std=scale)
+    torch.nn.init.normal_(gates.bias, std=scale)
+    return gates
+
+
+@pytest.mark.parametrize("forget", ["rectified", "sigmoid", "none"])
+@pytest.mark.parametrize("step", ["sigmoid", "hard"])
+@pytest.mark.parametrize("momentum", [True, False])
+@torch.no_grad()
+def test_gates_are_in_range_and_the_step_is_bounded(forget, step, momentum):
+    """theta / (1 - eta) <= max_step: what one token's surprise adds over all time."""
+    gates = randomised(GateSpec(forget=forget, step=step, momentum=momentum, max_step=0.25), scale=3.0)
+    theta, log_decay, log_momentum = gates(torch.randn(4, 50, HIDDEN, dtype=torch.float64))
+    assert theta.shape == log_decay.shape == (4, 50, HEADS, LAYERS)
+    assert (theta >= 0).all()
+    assert (log_decay <= 0).all()
+    total = theta
+    if momentum:
+        assert (log_momentum <= 0).all()
+        total = -theta / torch.expm1(log_momentum)
+    else:
+        assert log_momentum is None
+    assert total.max() <= 0.25 * (1 + 1e-9)
+    assert total.max() > 0.2, "the bound is reached"
+    alpha = 1 - log_decay.exp()
+    if forget == "rectified":
+        assert alpha.max() <= 0.1
+        assert (alpha == 0).any(), "it can keep everything"
+        assert (alpha > 0).any()
+    if forget == "none":
+        assert not alpha.any()
+    assert (theta == 0).any() == (step == "hard")
+
+
+@torch.no_grad()
+def test_a_fresh_layer_remembers_and_steps_by_a_quarter():
+    """Half the bound, half of it again for momentum 0.5; forgetting below 0.01 % a token but not dead."""
+    theta, log_decay, log_momentum = MemoryGates(HIDDEN, HEADS, LAYERS, GateSpec())(torch.randn(1, 5, HIDDEN))
+    torch.testing.assert_close(theta, torch.full_like(theta, 0.125))
+    torch.testing.assert_close(log_momentum.exp(), torch.full_like(theta, 0.5))
+    assert 0 < (1 - log_decay.double().exp()).max() < 1e-4
+
+
+@pytest.mark.parametrize("spec", [GateSpec(), GateSpec(forget="sigmoid", step="hard")])
+def test_every_kind_gets_gradient_at_initialisation(spec):
+    """A rectified gate that starts at its zero would stay there."""
+    gates = MemoryGates(HIDDEN, HEADS, LAYERS, spec)
+    sum(gate.sum() for gate in gates(torch.randn(1, 5, HIDDEN))).backward()
+    assert gates.weight.grad.abs().sum(1).min() > 0
+    assert gates.bias.grad.abs().min() > 0
+
+
+@torch.no_grad()
+def test_extreme_inputs_make_no_nan():
+    for forget in ("rectified", "sigmoid"):
+        gates = randomised(GateSpec(forget=forget), scale=1e3)
+        with torch.enable_grad():
+            x = torch.randn(1, 20, HIDDEN, dtype=torch.float64, requires_grad=True)
+            values = gates(x)
+            sum(value.sum() for value in values).backward()
+        assert all(value.isfinite().all() for value in values)
+        assert x.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_autocast_and_bf16_inputs_do_not_round_gates():
+    """bf16 cannot tell a forget gate of 0.0001 from none."""
+    gates = MemoryGates(HIDDEN, HEADS, LAYERS, GateSpec())
+    torch.nn.init.normal_(gates.weight)
+    x = torch.randn(1, 5, HIDDEN).bfloat16()
+    plain = gates(x.float())
+    for module in (gates, gates.bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for got, expected in zip(module(x), plain, strict=True):
+                assert got.dtype == torch.float32
+                assert torch.equal(got, expected)
+
+
+def test_one_gate_for_all_layers_when_asked():
+    gates = MemoryGates(HIDDEN, HEADS, LAYERS, GateSpec(per_layer=False))
+    assert gates(torch.randn(1, 5, HIDDEN)).theta.shape == (1, 5, HEADS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"forget": "channel"}, "forget must be one of"),
+        ({"step": "soft"}, "step must be one of"),
+        ({"momentum_init": 0.0}, "between 0 and 1"),
+        ({"max_step": -1.0}, "must be positive"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        GateSpec(**fields)
