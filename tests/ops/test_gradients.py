@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from titans.ops import MemorySpec, neural_memory, read_memory
 from titans.testing import assert_agreement, random_inputs
@@ -183,3 +184,38 @@ def test_equal_tensors_may_be_one_tensor(impl):
     two = [inputs.q.detach().clone().requires_grad_() for _ in range(2)]
     (shared,) = torch.autograd.grad(loss(one, one), one)
     torch.testing.assert_close(shared, sum(torch.autograd.grad(loss(*two), two)))
+
+
+@both
+def test_activation_checkpointing(impl):
+    """`torch.utils.checkpoint` runs the forward again in the backward: the same gradients, bit for bit."""
+    inputs = random_inputs(MemorySpec(dim=4, depth=2), tokens=9, chunk_size=4)
+    gradients = []
+
+    def function(leaves):
+        return inputs.map(lambda name, _: leaves[name]).run(impl).output
+
+    for wrapped in (False, True):
+        leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors().items()}
+        output = checkpoint(function, leaves, use_reentrant=False) if wrapped else function(leaves)
+        gradients.append(torch.autograd.grad(output.square().sum(), list(leaves.values()), allow_unused=True))
+    for name, plain, again in zip(inputs.tensors(), *gradients, strict=True):
+        assert (plain is None and again is None) or torch.equal(plain, again), name
+
+
+def test_no_copy_of_the_weights_for_every_chunk_is_kept():
+    """What waits for the backward: the arguments and sparse states, one in eight chunks."""
+    spec, chunks = MemorySpec(dim=8, depth=2, expansion=4), 64
+    inputs = random_inputs(spec, batch=1, heads=1, tokens=4 * chunks, chunk_size=4, dtype=torch.float32)
+    state_size = 2 * spec.num_parameters  # weights and momentum
+    kept = {}
+
+    def remember(tensor):
+        kept[tensor.data_ptr()] = max(tensor.numel(), kept.get(tensor.data_ptr(), 0))
+        return tensor
+
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors().items()}
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        inputs.map(lambda name, _: leaves[name]).run("chunked")
+    arguments = sum(tensor.numel() for tensor in leaves.values())
+    assert sum(kept.values()) <= arguments + (chunks / 8 + 2) * state_size
