@@ -6,6 +6,7 @@ from titans.nn.conv import ShortConv
 from titans.nn.feedforward import SwiGLU
 from titans.nn.gates import Gates, GateSpec, MemoryGates
 from titans.nn.memory import InitialMemory, MemoryCore, NeuralMemory, NeuralMemorySpec, NeuralMemoryState
+from titans.nn.metrics import MemoryMetrics
 from titans.nn.norms import RMSNorm, l2_normalize
 from titans.nn.persistent import PersistentTokens
 from titans.nn.precision import FullPrecision, at_least_fp32
@@ -21,6 +22,7 @@ __all__ = [
     "InitialMemory",
     "MemoryCore",
     "MemoryGates",
+    "MemoryMetrics",
     "NeuralMemory",
     "NeuralMemorySpec",
     "NeuralMemoryState",

@@ -5,7 +5,9 @@ Shape suffixes: B rows, T tokens, H memory heads, D width of a head, C = H x D c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +84,16 @@ class NeuralMemoryState:
         )
 
 
+class MemoryWrite(NamedTuple):
+    """One call of the op, for those who watch: what was written, and the memory after it."""
+
+    k: Tensor
+    v: Tensor
+    gates: Gates
+    state: MemoryState
+    rows: Rows | None
+
+
 class InitialMemory(FullPrecision):
     """What every sequence starts with: `M_0`, one per head, and the gain and bias of the memory's LN.
 
@@ -138,6 +150,7 @@ class MemoryCore(nn.Module):
         self.v_conv = ShortConv(size, spec.conv_size)
         self.gates = MemoryGates(size, spec.heads, spec.memory.depth, spec.gates)
         self.initial = InitialMemory(spec.heads, spec.memory)
+        self.observer: Callable[[MemoryWrite], None] | None = None  # set by `MemoryMetrics`
 
     def initial_state(self, batch: int) -> NeuralMemoryState:
         """Before the first token: `M_0` in every row, no momentum, empty convolutions."""
@@ -200,6 +213,8 @@ class MemoryCore(nn.Module):
             chunk_size=self.spec.chunk_size,
             cu_seqlens=None if rows is None else rows.cu_seqlens,
         )
+        if self.observer is not None:
+            self.observer(MemoryWrite(k, v, gates, memory, rows))
         return output, replace(state, memory=memory)
 
     def read(self, q: Tensor, weights: tuple[Tensor, ...]) -> Tensor:

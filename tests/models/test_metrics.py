@@ -1,0 +1,43 @@
+"""What `MemoryMetrics` reports: the model's own numbers, without changing any."""
+
+import pytest
+import torch
+
+from titans.nn import MemoryMetrics
+
+
+def test_metrics_are_those_of_the_last_state(build, tokens):
+    model, ids = build("lmm"), tokens(2, 13)
+    plain = model(ids, use_cache=True)
+    with MemoryMetrics(model) as metrics:
+        watched = model(ids, use_cache=True)
+    assert torch.equal(plain.logits, watched.logits)
+    means = metrics.means()
+    assert set(means) == {"weight_norm", "momentum_norm", "inner_gradient_norm", "theta", "alpha", "eta"}
+    states = [state.memory for state in plain.past_key_values.states]
+    for name in ("weights", "momentum"):
+        squares = [sum(w.square().sum((-2, -1)) for w in getattr(state, name)) for state in states]
+        expected = torch.stack(squares).sqrt().mean().item()
+        assert means[f"{name.removesuffix('s')}_norm"] == pytest.approx(expected)
+    assert 0 < means["theta"] < 0.5
+    assert 0 <= means["alpha"] < 0.1
+    assert 0 < means["eta"] < 1
+    assert means["inner_gradient_norm"] > 0
+
+
+def test_nothing_watches_after_the_context(build, tokens):
+    model = build("mac")
+    with MemoryMetrics(model) as metrics:
+        pass
+    model(tokens(1, 5))
+    assert metrics.means() == {}
+
+
+@torch.no_grad()
+def test_metrics_of_ragged_batches_and_every_variant(variant, build, tokens):
+    """Packed rows, empty ones included; a model without memories has none."""
+    model = build(variant)
+    with MemoryMetrics(model) as metrics:
+        model(tokens(1, 30), cu_seqlens=torch.tensor([0, 11, 11, 30], dtype=torch.int32))
+    assert (metrics.means() == {}) == (variant == "attention")
+    assert all(value == value for value in metrics.means().values())
