@@ -92,7 +92,7 @@ def test_reordering_moves_rows_and_leaves_the_old_states_alone(variant, build, t
     """States are replaced, never changed in place: a beam that is dropped must not spoil its siblings."""
     model, ids, piece = build(variant), tokens(3, 11), tokens(1, 4, seed=5)
     mask = torch.ones_like(ids)
-    mask[1, :4] = 0
+    mask[1, :8] = 0  # three tokens: its window is not full, and its segment stands elsewhere
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     expected = model(piece.expand(3, -1), past_key_values=copy_of(cache)).logits
     moved = copy_of(cache)
