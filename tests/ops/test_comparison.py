@@ -41,7 +41,7 @@ MISTAKES = {
         "MemoryState(weights, momentum, anchor, position)",
         "MemoryState(weights, momentum, state.anchor, position)",
     ),
-    "no gradient through the writes": ("create_graph=outer_needs_grad", "create_graph=False"),
+    "no gradient through the writes": ("create_graph=", "create_graph=False and "),
     "no gradient through the anchor": (
         "torch.where(starts_chunk, w, a)",
         "torch.where(starts_chunk, w, a).detach()",
