@@ -21,7 +21,13 @@ from titans.ops.chunked import chunked
 from titans.ops.network import apply_memory
 from titans.ops.reference import reference
 from titans.ops.spec import MemorySpec, MemoryState
-from titans.ops.validation import check_memory_inputs, compute_dtype, expect_floating, expect_shape
+from titans.ops.validation import (
+    check_affine,
+    check_memory_inputs,
+    compute_dtype,
+    expect_floating,
+    expect_shape,
+)
 
 Implementation = Literal["auto", "reference", "chunked", "triton"]
 
@@ -136,6 +142,7 @@ def read_memory(
         raise ValueError(f"weights must hold spec.depth = {spec.depth} tensors, got {len(weights)}")
     for layer, (weight, shape) in enumerate(zip(weights, spec.layer_shapes, strict=True)):
         expect_shape(f"weights[{layer}]", weight, (q.shape[0], q.shape[2], *shape), "[B, H, D_in, D_out]")
+    check_affine(norm_weight, norm_bias, spec, q.shape[2], q.device)
     dtype = compute_dtype(q)
     with torch.autocast(q.device.type, enabled=False):
         output = apply_memory(

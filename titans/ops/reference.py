@@ -13,11 +13,14 @@ Shape suffixes: B rows, T tokens, H heads, D width of a head, I/O input and outp
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from titans.ops.network import apply_memory
 from titans.ops.spec import MemorySpec, MemoryState
+from titans.ops.validation import check_bounds
 
 
 def inner_gradient(
@@ -33,11 +36,14 @@ def inner_gradient(
     The anchor is aliased first: k and v may themselves depend on the same tensors (in MAC they do), and
     the inner gradient must not follow that path.
     """
-    outer_needs_grad = torch.is_grad_enabled()
-    with torch.enable_grad():
-        aliases = tuple(a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in anchor)
-        loss = (apply_memory(k_BHD, aliases, spec, norm_weight, norm_bias) - v_BHD).square().sum()
-        return torch.autograd.grad(loss, aliases, create_graph=outer_needs_grad)
+    given = (k_BHD, v_BHD, norm_weight, norm_bias, *anchor)
+    record = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+    with torch.inference_mode(False), torch.enable_grad():
+        # Autograd cannot save tensors made in inference mode, but it can save their copies.
+        k, v, gain, bias, *anchors = (t.clone() if t is not None and t.is_inference() else t for t in given)
+        aliases = tuple(a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in anchors)
+        loss = (apply_memory(k, aliases, spec, gain, bias) - v).square().sum()
+        return torch.autograd.grad(loss, aliases, create_graph=record)
 
 
 def layer_gate(gate: Tensor | tuple[Tensor, ...], token: int, layer: int) -> Tensor:
@@ -107,7 +113,8 @@ def reference(
         )
     outputs, states = [], []
     bounds = cu_seqlens.tolist()
-    for row, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    check_bounds(bounds, q.shape[1])
+    for row, (start, stop) in enumerate(pairwise(bounds)):
         row_state = state.select(torch.tensor([row], device=state.position.device))
         if stop > start:  # an empty document passes its state through
             document = slice(start, stop)

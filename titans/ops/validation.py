@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def check_memory_inputs(
         expect_device(name, tensor, q.device)
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name} must have dtype {q.dtype} like q, got {tensor.dtype}")
-    if not isinstance(chunk_size, int) or chunk_size < 1:
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
 
     rows = batch
@@ -72,13 +74,31 @@ def check_memory_inputs(
 
     check_gates(theta, log_decay, log_momentum, (batch, tokens, heads), spec, q.device)
     check_state(state, spec, rows, heads, compute_dtype(q), q.device)
+    check_affine(norm_weight, norm_bias, spec, heads, q.device)
+
+
+def check_affine(
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    spec: MemorySpec,
+    heads: int,
+    device: torch.device,
+) -> None:
     for name, affine in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if affine is None:
             continue
         if not spec.norm:
             raise ValueError(f"{name} must be None for a spec without norm, got shape {list(affine.shape)}")
-        expect_shape(name, affine, (heads, dim), "[H, D]")
-        expect_device(name, affine, q.device)
+        expect_shape(name, affine, (heads, spec.dim), "[H, D]")
+        expect_device(name, affine, device)
+
+
+def check_bounds(bounds: list[int], num_tokens: int) -> None:
+    """The documents' bounds, where they are on the host anyway."""
+    if bounds[0] != 0 or bounds[-1] != num_tokens or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to T = {num_tokens}, got {bounds[:8]} ... {bounds[-1]}"
+        )
 
 
 def check_gates(

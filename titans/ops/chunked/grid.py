@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from titans.ops.validation import check_bounds
+
 
 @dataclass(frozen=True)
 class ChunkGrid:
@@ -120,10 +122,7 @@ def make_grid(
     else:
         bounds = cu_seqlens.to("cpu", torch.int64)
         starts, lengths = bounds[:-1], bounds.diff()
-        if bounds[0] != 0 or bounds[-1] != num_tokens or bool((lengths < 0).any()):
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to T = {num_tokens}, got {bounds.tolist()[:8]} ... {int(bounds[-1])}"
-            )
+        check_bounds(bounds.tolist(), num_tokens)
     offsets = position.to("cpu", torch.int64)
     chunks = torch.where(lengths > 0, (offsets + lengths + chunk_size - 1) // chunk_size, 0)
     order = None

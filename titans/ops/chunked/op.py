@@ -25,7 +25,7 @@ _ARGUMENTS = (
 
 def _inputs(*arguments: Any) -> ChunkedInputs:
     *tensors, depth, expansion, activation, residual, norm, chunk_size, channelwise = arguments
-    spec = MemorySpec(tensors[0].shape[-1], depth, expansion, activation, residual, norm)
+    spec = MemorySpec(int(tensors[0].shape[-1]), depth, expansion, activation, residual, norm)
     return ChunkedInputs(*tensors, spec=spec, chunk_size=chunk_size, channelwise=channelwise)
 
 
@@ -45,7 +45,7 @@ def _fake_forward(*arguments: Any) -> list[Tensor]:
     *arguments, keep = arguments
     x = _inputs(*arguments)
     cells = kept_cells(x.q.shape[0] * x.q.shape[1], x.position.shape[0], x.chunk_size) if keep else 0
-    kept = [state.new_empty((cells, *state.shape[1:])) for state in [*x.weights, *x.momentum]]
+    kept = [state.new_empty((cells, *state.shape[1:])) for state in [*x.weights, *x.momentum]] if keep else []
     return [x.v.new_empty(x.v.shape), *_like([*x.weights, *x.momentum, *x.anchor]), *kept]
 
 
