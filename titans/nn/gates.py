@@ -24,6 +24,15 @@ SIGMOID_FORGET_LOGIT = -8.0
 MAX_RECTIFIED_FORGET = 0.1
 
 
+def default_max_step(memory_layers: int) -> float:
+    """Bound of a token's total step: 0.5 up to two layers, a fifth of that for every further one.
+
+    Measured at tiny size (docs/decisions.md): with 0.5 the outer gradient of three layers reached 4e6, of
+    four 8e7; with 0.1 and 0.02 it stayed below 7 and 400.
+    """
+    return 0.5 * 0.2 ** max(memory_layers - 2, 0)
+
+
 @dataclass(frozen=True)
 class GateSpec:
     """How gates are made of a token.
@@ -34,7 +43,8 @@ class GateSpec:
         need it).
     forget: "rectified" (alpha = 0.2 relu(sigmoid(x) - 0.5), can be exactly 0), "sigmoid", "none".
     step: "sigmoid" or "hard" (clipped, can be exactly 0: a token that writes nothing).
-    max_step: bound of `theta / (1 - eta)`, the total step that one token's surprise makes over time.
+    max_step: bound of `theta / (1 - eta)`, the total step that one token's surprise makes over time, for an
+        input of power 1 (see `MemoryGates`). None: `default_max_step` for the memory's depth.
     """
 
     momentum: bool = True
@@ -42,7 +52,7 @@ class GateSpec:
     per_layer: bool = True
     forget: ForgetGate = "rectified"
     step: StepGate = "sigmoid"
-    max_step: float = 0.5
+    max_step: float | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (("forget", self.forget, ForgetGate), ("step", self.step, StepGate)):
@@ -50,7 +60,7 @@ class GateSpec:
                 raise ValueError(f"GateSpec.{name} must be one of {get_args(known)}, got {value!r}")
         if not 0 < self.momentum_init < 1:
             raise ValueError(f"GateSpec.momentum_init must lie between 0 and 1, got {self.momentum_init}")
-        if not self.max_step > 0:
+        if self.max_step is not None and not self.max_step > 0:
             raise ValueError(f"GateSpec.max_step must be positive, got {self.max_step}")
 
 
@@ -67,11 +77,23 @@ class MemoryGates(FullPrecision):
 
     Everything happens in fp32 (fp64 for fp64), autocast or not. The map starts at zero around a constant
     logit: every token begins with the same gates, and decaying the weights leads back to them.
+
+    input_power: the expected `|x|^2` of what each memory layer reads, 1 by default. A step moves a layer's
+    output by theta |x|^2, so theta is divided by it: the normalised step of least-mean-squares filters.
     """
 
-    def __init__(self, hidden_size: int, heads: int, memory_layers: int, spec: GateSpec) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        memory_layers: int,
+        spec: GateSpec,
+        input_power: tuple[float, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
+        max_step = default_max_step(memory_layers) if spec.max_step is None else spec.max_step
+        self.max_steps = tuple(max_step / power for power in input_power or (1.0,) * memory_layers)
         self.shape = (heads, memory_layers) if spec.per_layer and memory_layers > 1 else (heads,)
         kinds = 1 + int(spec.momentum) + int(spec.forget != "none")
         outputs = kinds * heads * (self.shape[1] if len(self.shape) > 1 else 1)
@@ -90,15 +112,26 @@ class MemoryGates(FullPrecision):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
             kinds = list(logits.unflatten(-1, (-1, *self.shape)).unbind(2))
-            theta = self._step(kinds.pop(0)) * self.spec.max_step
+            theta = self._step(kinds.pop(0))
             log_momentum = None
             if self.spec.momentum:
                 # logit = logit(eta_0) + map; 1 - eta = sigmoid(-logit) keeps its digits when eta is near 1.
                 logit = kinds.pop(0) + _logit(self.spec.momentum_init)
                 log_momentum = F.logsigmoid(logit)
                 theta = theta * torch.sigmoid(-logit)
-            log_decay = self._log_decay(kinds.pop(0)) if kinds else torch.zeros_like(theta)
+            theta = self._scaled(theta)
+            log_decay = (
+                self._log_decay(kinds.pop(0)) if kinds else torch.zeros_like(logits[..., : self.shape[0]])
+            )
         return Gates(theta, log_decay, log_momentum)
+
+    def _scaled(self, share: Tensor) -> Tensor:
+        """Shares of the largest step -> theta."""
+        if len(set(self.max_steps)) == 1:
+            return share * self.max_steps[0]
+        if len(self.shape) == 1:  # one gate for all memory layers, each with a bound of its own
+            share = share.unsqueeze(-1)
+        return share * torch.tensor(self.max_steps, dtype=share.dtype, device=share.device)
 
     def _step(self, logit: Tensor) -> Tensor:
         share = torch.sigmoid(logit)
