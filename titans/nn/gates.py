@@ -112,17 +112,15 @@ class MemoryGates(FullPrecision):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
             kinds = list(logits.unflatten(-1, (-1, *self.shape)).unbind(2))
-            theta = self._step(kinds.pop(0))
+            share = self._step(kinds.pop(0))
             log_momentum = None
             if self.spec.momentum:
                 # logit = logit(eta_0) + map; 1 - eta = sigmoid(-logit) keeps its digits when eta is near 1.
                 logit = kinds.pop(0) + _logit(self.spec.momentum_init)
                 log_momentum = F.logsigmoid(logit)
-                theta = theta * torch.sigmoid(-logit)
-            theta = self._scaled(theta)
-            log_decay = (
-                self._log_decay(kinds.pop(0)) if kinds else torch.zeros_like(logits[..., : self.shape[0]])
-            )
+                share = share * torch.sigmoid(-logit)
+            theta = self._scaled(share)
+            log_decay = self._log_decay(kinds.pop(0)) if kinds else torch.zeros_like(share)
         return Gates(theta, log_decay, log_momentum)
 
     def _scaled(self, share: Tensor) -> Tensor:

@@ -94,6 +94,17 @@ class MemoryWrite(NamedTuple):
     rows: Rows | None
 
 
+# E[act(z)^2] for standard normal z.
+ACTIVATION_POWER = {"gelu": 0.4252, "gelu_tanh": 0.4252, "silu": 0.3558}
+
+
+def input_power(spec: MemorySpec) -> tuple[float, ...]:
+    """The expected `|x|^2` of what each layer of an untrained memory reads: keys have unit length, hidden
+    layers F activations of unit-variance inputs."""
+    hidden = spec.dim * spec.expansion * ACTIVATION_POWER[spec.activation]
+    return (1.0, *[hidden] * (spec.depth - 1))
+
+
 class InitialMemory(FullPrecision):
     """What every sequence starts with: `M_0`, one per head, and the gain and bias of the memory's LN.
 
@@ -103,7 +114,7 @@ class InitialMemory(FullPrecision):
     def __init__(self, heads: int, spec: MemorySpec) -> None:
         super().__init__()
         dtype = at_least_fp32(torch.get_default_dtype())
-        self.depth = spec.depth
+        self.spec = spec
         # Parameters of this very module, not of a ParameterList: transformers initialises what a checkpoint
         # lacks module by module.
         for layer, shape in enumerate(spec.layer_shapes):
@@ -117,17 +128,19 @@ class InitialMemory(FullPrecision):
     @property
     def weights(self) -> tuple[Tensor, ...]:
         """`M_0`: L tensors `[H, D_in, D_out]`."""
-        return tuple(self.get_parameter(f"weight_{layer}") for layer in range(self.depth))
+        return tuple(self.get_parameter(f"weight_{layer}") for layer in range(self.spec.depth))
 
     def reset_parameters(self) -> None:
-        # Under the LN the scale s of the weights decides what a step does: in units of what LN divides by,
-        # one write moves the output by about 2 theta / s^2. At the default step (0.25 in all) that is 1 for
-        # s = 0.7, and 64 for s = 1 / sqrt(128), where the first token overwrites the memory: a tiny lmm then
-        # stood at loss 4.37 with outer gradient norms of 500 after 20 steps (here: 3.72, 1.8). Keys have unit
-        # length, so 1 in the first layer gives its activations a deviation of 1.
-        for layer, weight in enumerate(self.weights):
-            scale = 1.0 if layer == 0 else 0.7
-            nn.init.normal_(weight, std=scale if self.norm_weight is not None else weight.shape[1] ** -0.5)
+        # Every layer's output has unit variance: activations work where they bend, and neither they nor the
+        # inner gradient grow with depth. (With fan-in scaling the first layer of a unit key has outputs of
+        # 1 / sqrt(D); LN then divides by almost nothing, the first token overwrites the memory, and the outer
+        # gradient of a tiny lmm reached 1.7e7 within 230 steps; here 10.) A linear memory starts smaller: what
+        # it recalls before it has read anything is noise.
+        scales = [power**-0.5 for power in input_power(self.spec)]
+        if self.spec.depth == 1:
+            scales = [self.spec.dim**-0.5]
+        for weight, scale in zip(self.weights, scales, strict=True):
+            nn.init.normal_(weight, std=scale)
         if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.ones_(self.norm_weight)
             nn.init.zeros_(self.norm_bias)
@@ -153,7 +166,9 @@ class MemoryCore(nn.Module):
         self.q_conv = ShortConv(size, spec.conv_size)
         self.k_conv = ShortConv(size, spec.conv_size)
         self.v_conv = ShortConv(size, spec.conv_size)
-        self.gates = MemoryGates(size, spec.heads, spec.memory.depth, spec.gates)
+        self.gates = MemoryGates(
+            size, spec.heads, spec.memory.depth, spec.gates, input_power(spec.memory)
+        )
         self.initial = InitialMemory(spec.heads, spec.memory)
         self.observer: Callable[[MemoryWrite], None] | None = None  # set by `MemoryMetrics`
 
