@@ -126,3 +126,12 @@ def test_packed_documents_need_one_row_and_no_mask(build, tokens):
         model(ids, cu_seqlens=bounds)
     with pytest.raises(ValueError, match="either attention_mask or cu_seqlens"):
         model(ids[:1], cu_seqlens=bounds, attention_mask=torch.ones(1, 9))
+
+
+def test_arguments_that_would_be_ignored_are_refused(build, tokens):
+    """Documents packed by position_ids, as other models take them, would leak into one another unseen."""
+    model, ids = build("mac"), tokens(1, 9)
+    with pytest.raises(TypeError, match="Packed documents need cu_seqlens"):
+        model(ids, position_ids=torch.arange(9)[None])
+    with pytest.raises(TypeError, match="no argument named attention_masks"):
+        model(ids, attention_masks=torch.ones(1, 9))

@@ -96,6 +96,7 @@ class TitansModel(TitansPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         inputs = input_ids if input_ids is not None else inputs_embeds
         assert inputs is not None
+        refuse_unknown(kwargs)
         layout = Layout.of(inputs, attention_mask, cu_seqlens)
         keep_state = self._keeps_state(use_cache)
         states = self._past_states(past_key_values, layout)
@@ -234,6 +235,18 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+
+def refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Raise `TypeError` for arguments that transformers' models may have and this one would ignore."""
+    unknown = [name for name, value in arguments.items() if value is not None and value is not False]
+    if "position_ids" in unknown:
+        raise TypeError(
+            "position_ids are not used: nothing depends on absolute positions. Packed documents need "
+            "cu_seqlens, without which memory would cross from one to the next"
+        )
+    if unknown:
+        raise TypeError(f"a Titans model takes no argument named {', '.join(sorted(unknown))}")
 
 
 def causal_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
