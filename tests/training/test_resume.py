@@ -69,7 +69,7 @@ def test_two_interruptions_change_no_bit(tmp_path):
 
 
 def test_the_log_drops_what_came_after_the_checkpoint(tmp_path):
-    """A crash loses the steps since the last save: their lines must not stand twice, a torn one not at all."""
+    """A crash loses the steps since the last save: their lines must not stand twice, nor a torn one stay."""
     recipe = tiny_recipe()
     run(tmp_path, with_training(recipe, steps=20))
     with (tmp_path / LOG_NAME).open("a") as log:

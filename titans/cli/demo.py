@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titans.data.prepare import prepare
-from titans.data.shards import META, Meta, TokenShards
+from titans.data.shards import Meta, TokenShards
 from titans.data.sources import PYTHON_DOCS
 from titans.errors import UserError
 from titans.recipes import load_recipe
+from titans.training.checkpoints import checkpoints_in
 from titans.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ _PICTURE = "demo.png"
 class Arguments:
     """Train a small model on text, and show what it can do: a few minutes on two CPU cores.
 
-    It prints unigram and bigram baselines, trains a byte-level MAC model (1-2 M parameters), saves and reloads
-    it, continues a text, and streams one much longer than it was trained on, in constant memory.
+    It prints unigram and bigram baselines, trains a byte-level MAC model (1-2 M parameters), saves and
+    reloads it, continues a text, and streams one much longer than it was trained on, in constant memory.
     """
 
     source: str = PYTHON_DOCS
@@ -49,7 +50,7 @@ def run(arguments: Arguments) -> int:
 def demo(recipe: Recipe, source: str, out: Path) -> int:
     """Everything, in order; returns the exit code (130: interrupted, and can go on)."""
     recipe = replace(recipe, data=replace(recipe.data, folder=out / "data"))
-    _prepare(source, recipe.data.folder)
+    _prepare(source, recipe, out)
 
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -94,14 +95,23 @@ def demo(recipe: Recipe, source: str, out: Path) -> int:
     return 0
 
 
-def _prepare(source: str, folder: Path) -> None:
-    """Token shards of ``source`` in ``folder``, made once."""
-    if (folder / META).is_file():
+def _prepare(source: str, recipe: Recipe, out: Path) -> None:
+    """Token shards of ``source``, made anew until there is a checkpoint that depends on them."""
+    folder = recipe.data.folder
+    started = bool(checkpoints_in(out))
+    if started:
         made_of = Meta.read(folder).sources
         if made_of != (source,):
-            raise UserError(f"{folder} holds {', '.join(made_of)}, not {source}: choose another --out")
-        return
-    prepare([source], folder, validation_fraction=_VALIDATION_FRACTION)
+            raise UserError(f"{out} holds a run on {', '.join(made_of)}, not {source}: choose another --out")
+    else:
+        prepare([source], folder, validation_fraction=_VALIDATION_FRACTION, overwrite=True)
+    expected = recipe.data.sequence_length
+    for name, split in Meta.read(folder).splits.items():
+        if split.tokens < expected:
+            raise UserError(
+                f"{source}: too little text: {split.tokens} tokens in the split {name!r}, "
+                f"expected at least {expected}"
+            )
 
 
 def _generate(loaded: "LoadedCheckpoint", validation: TokenShards) -> None:

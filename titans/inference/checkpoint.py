@@ -1,12 +1,15 @@
 """Load a model and its tokenizer from a checkpoint, with one clear sentence for whatever is wrong with it."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from titans.data.tokenizer import load_tokenizer
 from titans.errors import UserError
@@ -39,13 +42,16 @@ def load_checkpoint(
     folder = _checkpoint_folder(Path(path))
     _check_files(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        # What does not fit is reported below, in one line instead of transformers' table.
+        with _quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                local_files_only=True,
+            )
     except safetensors.SafetensorError as error:
         raise UserError(f"{folder}: the weights are damaged or cut short: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -67,6 +73,16 @@ def load_checkpoint(
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return LoadedCheckpoint(model.to(device).eval(), tokenizer, folder)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _checkpoint_folder(path: Path) -> Path:

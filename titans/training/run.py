@@ -93,6 +93,7 @@ def train(
             data_collator=data.collate,
             processing_class=data.tokenizer,
             recipe_json=json.dumps(provenance(recipe), indent=1) + "\n",
+            memory_metrics_every=recipe.logging.memory_metrics_every,
             callbacks=callbacks
             + _reporters(recipe.logging, out, _step_saved_in(checkpoint) if checkpoint else 0),
         )

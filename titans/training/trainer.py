@@ -1,5 +1,6 @@
 """transformers' Trainer with exact data order, a stop before a bad step, and atomic checkpoints."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from titans.nn.metrics import MemoryMetrics
 from titans.training.checkpoints import (
     RECIPE_NAME,
     checkpoint_path,
@@ -99,6 +101,7 @@ class TitansTrainer(Trainer):
         out: the output folder.
         train_dataset, eval_dataset: map-style; their items are what ``data_collator`` makes batches of.
         recipe_json: text to store with every checkpoint.
+        memory_metrics_every: steps between measurements of the memory's norms and gates; 0: never.
     """
 
     control: TrainerControl  # declared here because transformers leaves its type to be inferred
@@ -112,12 +115,15 @@ class TitansTrainer(Trainer):
         train_dataset: Dataset[Any],
         eval_dataset: Dataset[Any] | None,
         recipe_json: str,
+        memory_metrics_every: int = 0,
         **others: Any,
     ):
         self._settings = settings
         self._out = out
         self._recipe_json = recipe_json
         self._last_loss: torch.Tensor | None = None
+        self._memory_metrics_every = memory_metrics_every
+        self._memory_metrics: dict[str, float] = {}
         self._clock = time.perf_counter()
         self._tokens_at_clock = 0
         self._staging: Path | None = None
@@ -159,7 +165,12 @@ class TitansTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
-        self._last_loss = super().training_step(model, inputs, num_items_in_batch)
+        every = self._memory_metrics_every
+        due = every > 0 and (self.state.global_step + 1) % every == 0
+        with MemoryMetrics(model) if due else contextlib.nullcontext() as metrics:
+            self._last_loss = super().training_step(model, inputs, num_items_in_batch)
+        if metrics is not None:
+            self._memory_metrics = {f"memory_{name}": value for name, value in metrics.means().items()}
         return self._last_loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -211,6 +222,8 @@ class TitansTrainer(Trainer):
         if "loss" in logs:
             seen = self.state.num_input_tokens_seen
             logs["tokens_seen"] = seen
+            logs |= self._memory_metrics
+            self._memory_metrics = {}
             seconds = time.perf_counter() - self._clock
             logs["tokens_per_second"] = round((seen - self._tokens_at_clock) / seconds, 1)
             self._restart_clock()
