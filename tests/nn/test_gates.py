@@ -47,7 +47,9 @@ def test_gates_are_in_range_and_the_step_is_bounded(forget, step, momentum):
 @torch.no_grad()
 def test_a_fresh_layer_remembers_and_steps_by_a_quarter():
     """Half the bound, half of it again for momentum 0.5; forgetting below 0.01 % a token but not dead."""
-    theta, log_decay, log_momentum = MemoryGates(HIDDEN, HEADS, LAYERS, GateSpec())(torch.randn(1, 5, HIDDEN))
+    theta, log_decay, log_momentum = MemoryGates(HIDDEN, HEADS, LAYERS, GateSpec(max_step=0.5))(
+        torch.randn(1, 5, HIDDEN)
+    )
     torch.testing.assert_close(theta, torch.full_like(theta, 0.125))
     torch.testing.assert_close(log_momentum.exp(), torch.full_like(theta, 0.5))
     assert 0 < (1 - log_decay.double().exp()).max() < 1e-4
@@ -105,3 +107,15 @@ def test_one_gate_for_all_layers_when_asked():
 def test_a_spec_that_makes_no_sense_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         GateSpec(**fields)
+
+
+def test_the_default_bound_falls_with_depth_and_with_the_power_of_the_inputs():
+    """Three layers with a step of 0.5 train until an outer gradient of 4e6 (docs/decisions.md)."""
+    x = torch.randn(1, 3, HIDDEN)
+    theta = [MemoryGates(HIDDEN, HEADS, layers, GateSpec())(x).theta.max() for layers in (1, 2, 3, 4)]
+    torch.testing.assert_close(torch.stack(theta), 0.5 * 0.5 * torch.tensor([0.1, 0.5, 0.1, 0.02]))
+    for per_layer in (True, False):
+        gates = MemoryGates(HIDDEN, HEADS, 2, GateSpec(per_layer=per_layer), input_power=(1.0, 8.0))
+        theta = gates(x).theta
+        assert theta.shape == (1, 3, HEADS, 2)
+        torch.testing.assert_close(theta[..., 0], 8 * theta[..., 1])

@@ -28,10 +28,10 @@ def stability():
 def test_sixty_steps_train_without_a_spike(stability, row):
     """Initial values or a step bound that let the memory diverge show within the warm-up.
 
-    With fan-in initial values lmm reached outer gradients of 1e5 here and did not learn.
+    With fan-in initial values lmm reached outer gradients of 1e5 within ten steps and did not learn.
     """
-    result = stability.run_row(row, steps=60, threads=1)
+    result = stability.run_row(row, steps=60, threads=1, sequence_length=64)
     assert result["ending"] == "finished", result["message"]
     first, last = result["loss"][0][1], result["loss"][-1][1]
     assert last < first - 1.5, (first, last)
-    assert result["max_grad_norm"] < 100
+    assert result["max_grad_norm"] < 1000

@@ -24,13 +24,10 @@ SIGMOID_FORGET_LOGIT = -8.0
 MAX_RECTIFIED_FORGET = 0.1
 
 
-def default_max_step(memory_layers: int) -> float:
-    """Bound of a token's total step: 0.5 up to two layers, a fifth of that for every further one.
-
-    Measured at tiny size (docs/decisions.md): with 0.5 the outer gradient of three layers reached 4e6, of
-    four 8e7; with 0.1 and 0.02 it stayed below 7 and 400.
-    """
-    return 0.5 * 0.2 ** max(memory_layers - 2, 0)
+# Bound of a token's total step, by depth of the memory: the largest of 0.5, 0.1 and 0.02 whose outer gradient
+# stayed tame in training at tiny size (results/stability.json). A linear memory has no LN to absorb a large
+# step; with 0.5 the outer gradient of three layers reached 4e6, of four 8e7.
+DEFAULT_MAX_STEP = {1: 0.1, 2: 0.5, 3: 0.1, 4: 0.02}
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class GateSpec:
     forget: "rectified" (alpha = 0.2 relu(sigmoid(x) - 0.5), can be exactly 0), "sigmoid", "none".
     step: "sigmoid" or "hard" (clipped, can be exactly 0: a token that writes nothing).
     max_step: bound of `theta / (1 - eta)`, the total step that one token's surprise makes over time, for an
-        input of power 1 (see `MemoryGates`). None: `default_max_step` for the memory's depth.
+        input of power 1 (see `MemoryGates`). None: `DEFAULT_MAX_STEP` for the memory's depth.
     """
 
     momentum: bool = True
@@ -92,7 +89,7 @@ class MemoryGates(FullPrecision):
     ) -> None:
         super().__init__()
         self.spec = spec
-        max_step = default_max_step(memory_layers) if spec.max_step is None else spec.max_step
+        max_step = DEFAULT_MAX_STEP[memory_layers] if spec.max_step is None else spec.max_step
         self.max_steps = tuple(max_step / power for power in input_power or (1.0,) * memory_layers)
         self.shape = (heads, memory_layers) if spec.per_layer and memory_layers > 1 else (heads,)
         kinds = 1 + int(spec.momentum) + int(spec.forget != "none")

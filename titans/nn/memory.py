@@ -166,9 +166,7 @@ class MemoryCore(nn.Module):
         self.q_conv = ShortConv(size, spec.conv_size)
         self.k_conv = ShortConv(size, spec.conv_size)
         self.v_conv = ShortConv(size, spec.conv_size)
-        self.gates = MemoryGates(
-            size, spec.heads, spec.memory.depth, spec.gates, input_power(spec.memory)
-        )
+        self.gates = MemoryGates(size, spec.heads, spec.memory.depth, spec.gates, input_power(spec.memory))
         self.initial = InitialMemory(spec.heads, spec.memory)
         self.observer: Callable[[MemoryWrite], None] | None = None  # set by `MemoryMetrics`
 

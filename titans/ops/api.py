@@ -112,7 +112,9 @@ def neural_memory(
             k.to(dtype),
             v.to(dtype),
             theta.to(dtype),
-            tuple(gate.to(dtype) for gate in log_decay) if isinstance(log_decay, tuple) else log_decay.to(dtype),
+            tuple(gate.to(dtype) for gate in log_decay)
+            if isinstance(log_decay, tuple)
+            else log_decay.to(dtype),
             cast(log_momentum),
             state,
             spec,

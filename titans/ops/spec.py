@@ -151,6 +151,8 @@ class MemoryState:
         for field in fields(self):
             value = getattr(self, field.name)
             moved[field.name] = (
-                value.to(device) if isinstance(value, Tensor) else tuple(tensor.to(device) for tensor in value)
+                value.to(device)
+                if isinstance(value, Tensor)
+                else tuple(tensor.to(device) for tensor in value)
             )
         return MemoryState(**moved)

@@ -147,7 +147,9 @@ def check_state(
             expect_shape(f"state.{name}[{layer}]", tensor, (rows, heads, *shape), "[B, H, D_in, D_out]")
             expect_device(f"state.{name}[{layer}]", tensor, device)
             if tensor.dtype != dtype:
-                raise ValueError(f"state.{name}[{layer}] must be {dtype} for these inputs, got {tensor.dtype}")
+                raise ValueError(
+                    f"state.{name}[{layer}] must be {dtype} for these inputs, got {tensor.dtype}"
+                )
     expect_shape("state.position", state.position, (rows,), "[B]")
     if state.position.dtype != torch.int32:
         raise ValueError(f"state.position must be int32, got {state.position.dtype}")

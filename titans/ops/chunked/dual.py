@@ -35,7 +35,12 @@ class LayerRead:
 
 
 def read_layer(
-    queries: Tensor, inputs: Tensor, grads: Tensor, weights: Tensor, momentum: Tensor | None, gates: GateMatrices
+    queries: Tensor,
+    inputs: Tensor,
+    grads: Tensor,
+    weights: Tensor,
+    momentum: Tensor | None,
+    gates: GateMatrices,
 ) -> LayerRead:
     scores = torch.bmm(queries, inputs.mT)
     if scales_inputs(gates, weights):
@@ -177,7 +182,13 @@ class Carry:
             self.add_writes(out[1], inputs, grads, self.write_momentum)
 
     def _writes_backward(
-        self, grad: Tensor, inputs: Tensor, grads: Tensor, gate: Tensor, grad_inputs: Tensor, grad_grads: Tensor
+        self,
+        grad: Tensor,
+        inputs: Tensor,
+        grads: Tensor,
+        gate: Tensor,
+        grad_inputs: Tensor,
+        grad_grads: Tensor,
     ) -> Tensor:
         """Back through `add_writes`. Returns X's or G's partner: its product with that side, summed and
         negated, is the gradient of the gate."""

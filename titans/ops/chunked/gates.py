@@ -85,7 +85,9 @@ class GateMatrices:
         if log_momentum is None:  # H is the identity, and no momentum enters from before the chunk
             mix = kept * columns
             start = rows(decay[..., 0])
-            return cls(theta, decay, None, kept, channelwise, mix, start, rows(mix[..., -1, :]), None, None, None)
+            return cls(
+                theta, decay, None, kept, channelwise, mix, start, rows(mix[..., -1, :]), None, None, None
+            )
         momentum = segment_products(log_momentum)
         raw_mix = kept @ (momentum.unsqueeze(1) if channelwise else momentum)
         mix = raw_mix[..., 1:] * columns
@@ -140,7 +142,9 @@ class GateGradients:
             grad_raw_mix = torch.empty_like(gates.raw_mix)
             grad_raw_mix[..., 0] = columns(self.start_momentum)
             torch.mul(self.mix, theta, out=grad_raw_mix[..., 1:])
-            grad_kept = grad_raw_mix @ (gates.momentum.unsqueeze(1) if gates.channelwise else gates.momentum).mT
+            grad_kept = (
+                grad_raw_mix @ (gates.momentum.unsqueeze(1) if gates.channelwise else gates.momentum).mT
+            )
             grad_momentum = _drop_padded(gates.decay[..., 1:], real).mT @ grad_raw_mix
             if gates.channelwise:
                 grad_momentum = grad_momentum.sum(1)

@@ -68,7 +68,9 @@ def shifted_target(k: Tensor, v: Tensor, spec: MemorySpec, bias: Tensor | None) 
 
 def inner_error(normed: Tensor, target: Tensor, gain: Tensor | None) -> Tensor:
     """E, given the normalised output of the network."""
-    return torch.add(target, normed, alpha=2) if gain is None else torch.addcmul(target, normed, gain, value=2)
+    return (
+        torch.add(target, normed, alpha=2) if gain is None else torch.addcmul(target, normed, gain, value=2)
+    )
 
 
 def inner_forward(

@@ -73,7 +73,10 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
 
 
 _forward = torch.library.custom_op(
-    "titans::chunked_forward", chunked_forward, mutates_args=(), schema=f"({_ARGUMENTS}, bool keep) -> Tensor[]"
+    "titans::chunked_forward",
+    chunked_forward,
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, bool keep) -> Tensor[]",
 )
 _forward.register_fake(_fake_forward)
 _backward = torch.library.custom_op(
@@ -89,7 +92,22 @@ class _Chunked(torch.autograd.Function):
     """`lists` is log_decay.., weights.., momentum.., anchor..; `lengths` says how many of each."""
 
     @staticmethod
-    def forward(ctx: Any, settings, lengths, keep, q, k, v, theta, log_momentum, position, norm_weight, norm_bias, cu_seqlens, *lists):  # type: ignore[no-untyped-def]  # noqa: E501
+    def forward(
+        ctx: Any,
+        settings,
+        lengths,
+        keep,
+        q,
+        k,
+        v,
+        theta,
+        log_momentum,
+        position,
+        norm_weight,
+        norm_bias,
+        cu_seqlens,
+        *lists,
+    ):  # type: ignore[no-untyped-def]  # noqa: E501
         log_decay, weights, momentum, anchor = _split(lists, lengths)
         arguments = (
             *(q, k, v, theta, log_decay, log_momentum, weights, momentum, anchor),
@@ -161,7 +179,15 @@ def chunked(
     tensors = [q, k, v, theta, *lists, log_momentum, norm_weight, norm_bias]
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     channelwise = isinstance(log_decay, tuple)
-    settings = (spec.depth, spec.expansion, spec.activation, spec.residual, spec.norm, chunk_size, channelwise)
+    settings = (
+        spec.depth,
+        spec.expansion,
+        spec.activation,
+        spec.residual,
+        spec.norm,
+        chunk_size,
+        channelwise,
+    )
     lengths = (len(decays), spec.depth, len(momentum), spec.depth)
     output, *states = _Chunked.apply(
         *(settings, lengths, keep, q, k, v, theta, log_momentum, state.position),

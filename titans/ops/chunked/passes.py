@@ -95,7 +95,9 @@ def backward_pass(
     grid = x.grid()
     gradients = _end_gradients(x, grid, grad_weights, grad_momentum, grad_anchor)
     initial = _load_states(x.weights, x.momentum, grid)
-    states_kept = _Kept(kept, x.spec.depth, sum(grid.active[s] for s in range(GROUP, grid.steps, GROUP)) * x.heads)
+    states_kept = _Kept(
+        kept, x.spec.depth, sum(grid.active[s] for s in range(GROUP, grid.steps, GROUP)) * x.heads
+    )
     collected = _Collected(x, grid)
     for first_step in range((grid.steps - 1) // GROUP * GROUP, -1, -GROUP):
         states = initial if first_step == 0 else states_kept.pop(grid.active[first_step] * x.heads)
@@ -192,7 +194,10 @@ class _Kept:
         return cls(tensors, x.spec.depth)
 
     def push(self, states: States, rows: int) -> None:
-        weights, momentum = [s.weights for s in states], [s.momentum for s in states if s.momentum is not None]
+        weights, momentum = (
+            [s.weights for s in states],
+            [s.momentum for s in states if s.momentum is not None],
+        )
         for flat, tensor in zip(self.flat, [*weights, *momentum], strict=True):
             flat[self.top : self.top + rows] = tensor[:rows]
         self.top += rows

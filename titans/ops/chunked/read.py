@@ -35,7 +35,12 @@ def read_group(group: Group, written: Written, spec: MemorySpec) -> GroupRead:
         trace = written.trace
         layers.append(
             read_layer(
-                queries, trace.inputs[layer], trace.grads[layer], state.weights, state.momentum, group.gates[layer]
+                queries,
+                trace.inputs[layer],
+                trace.grads[layer],
+                state.weights,
+                state.momentum,
+                group.gates[layer],
             )
         )
     output, norm = layers[-1].output, None
@@ -58,7 +63,12 @@ class GroupReadGradients:
 
 
 def read_group_backward(
-    group: Group, written: Written, read: GroupRead, grad_output: Tensor, into: list[GateGradients], spec: MemorySpec
+    group: Group,
+    written: Written,
+    read: GroupRead,
+    grad_output: Tensor,
+    into: list[GateGradients],
+    spec: MemorySpec,
 ) -> GroupReadGradients:
     grad, grad_gain, grad_bias = grad_output, None, None
     if read.norm is not None:

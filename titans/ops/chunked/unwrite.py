@@ -78,7 +78,11 @@ def write_group_backward(
     input_parts = [tensor.split(sizes) for tensor in grad_inputs]
     grad_parts = [tensor.split(sizes) for tensor in grad_grads]
     factors = [
-        [[side.split(sizes) for side in pair] for pair in (read.weights_factors, read.momentum_factors) if pair]
+        [
+            [side.split(sizes) for side in pair]
+            for pair in (read.weights_factors, read.momentum_factors)
+            if pair
+        ]
         for read in reads.layers
     ]
     square_gain = None if group.gain is None else group.gain[: max(sizes)].square()

@@ -65,7 +65,9 @@ class Ends:
         self.heads = heads
 
     def keep(self, ending: slice | Tensor, states: States, anchor: list[Tensor]) -> None:
-        if isinstance(ending, Tensor):  # all rows live to the last step; steps after a row's end change nothing
+        if isinstance(
+            ending, Tensor
+        ):  # all rows live to the last step; steps after a row's end change nothing
             mask = ending.repeat_interleave(self.heads)[:, None, None]
             self.states = states
             self.anchor = [torch.where(mask, new, old) for new, old in zip(anchor, self.anchor, strict=True)]
@@ -99,7 +101,10 @@ def write_group(
     traces, targets = trace.split(sizes), group.target.split(sizes)
     starts = list(zip(*(buffer.split(sizes) for buffer in buffers), strict=True))
     carries = list(
-        zip(*(Carry.of(g, s.weights).split(sizes) for g, s in zip(group.gates, states, strict=True)), strict=True)
+        zip(
+            *(Carry.of(g, s.weights).split(sizes) for g, s in zip(group.gates, states, strict=True)),
+            strict=True,
+        )
     )
     _copy(states, starts[0], sizes[0])
     for index, step in enumerate(group.steps):
