@@ -73,3 +73,11 @@ def test_an_unknown_size_is_refused_with_the_nearest():
 
 def test_the_baseline_may_attend_to_everything():
     assert TitansConfig.named("tiny", variant="attention", window_size=None).window_size is None
+
+
+def test_the_initial_scale_follows_the_width():
+    """0.02 is right at a width of 2,500; a tiny mac hardly learns with it."""
+    config = TitansConfig.named("tiny")
+    assert config.initializer_range == 128**-0.5
+    assert TitansForCausalLM(config).lm_head.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    assert TitansConfig.named("tiny", initializer_range=0.02).initializer_range == 0.02

@@ -94,7 +94,7 @@ def test_a_few_steps_learn_a_repeated_text(variant, autocast):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(3.47, abs=0.3)
+    assert losses[0] == pytest.approx(3.47, abs=0.8)
     assert losses[-1] < losses[0] / 2, losses
 
 
