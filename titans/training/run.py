@@ -102,7 +102,10 @@ def train(
             remove_leftovers(out)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            ending: Ending = "finished" if request.signal is None else "interrupted"
+            done = (
+                trainer.state.global_step >= recipe.training.steps
+            )  # a signal in the last step changes nothing
+            ending: Ending = "finished" if done else "interrupted"
             message = f"{ending} after step {trainer.state.global_step}"
         except NonFiniteError as error:
             trainer.save_now()
