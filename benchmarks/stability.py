@@ -5,8 +5,9 @@
     python benchmarks/stability.py --steps 60 --jobs 2
 
 Beside the variants: the memory at depth 1 and 4, chunks of 64, bfloat16 autocast, and what happens when the
-bound on the inner step is moved (by default 0.1, 0.5, 0.1 and 0.02 at depth 1 to 4). A row that diverges is a
-result, too. Batches are 2 x 256 bytes, so that a row takes minutes on one core. (Not a `bench_*.py`: it takes minutes a row.)
+bound on the inner step is moved (by default 0.1, 0.5, 0.1 and 0.02 at depth 1 to 4). A row that diverges is
+a result, too. Batches are 2 x 256 bytes, so that a row takes minutes on one core. (Not a `bench_*.py`: those
+take seconds a row.)
 """
 
 from __future__ import annotations

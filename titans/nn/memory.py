@@ -134,8 +134,8 @@ class InitialMemory(FullPrecision):
         # Every layer's output has unit variance: activations work where they bend, and neither they nor the
         # inner gradient grow with depth. (With fan-in scaling the first layer of a unit key has outputs of
         # 1 / sqrt(D); LN then divides by almost nothing, the first token overwrites the memory, and the outer
-        # gradient of a tiny lmm reached 1.7e7 within 230 steps; here 10.) A linear memory starts smaller: what
-        # it recalls before it has read anything is noise.
+        # gradient of a tiny lmm reached 1.7e7 within 230 steps; here 10.) A linear memory starts smaller:
+        # what it recalls before it has read anything is noise.
         scales = [power**-0.5 for power in input_power(self.spec)]
         if self.spec.depth == 1:
             scales = [self.spec.dim**-0.5]

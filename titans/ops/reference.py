@@ -36,14 +36,19 @@ def inner_gradient(
     The anchor is aliased first: k and v may themselves depend on the same tensors (in MAC they do), and
     the inner gradient must not follow that path.
     """
-    given = (k_BHD, v_BHD, norm_weight, norm_bias, *anchor)
-    record = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+    given = [tensor for tensor in (k_BHD, v_BHD, norm_weight, norm_bias, *anchor) if tensor is not None]
+    record = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+    def usable(tensor: Tensor) -> Tensor:
+        """Autograd cannot save a tensor made in inference mode, but it can save a copy."""
+        return tensor.clone() if tensor.is_inference() else tensor
+
     with torch.inference_mode(False), torch.enable_grad():
-        # Autograd cannot save tensors made in inference mode, but it can save their copies.
-        k, v, gain, bias, *anchors = (t.clone() if t is not None and t.is_inference() else t for t in given)
-        aliases = tuple(a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in anchors)
-        loss = (apply_memory(k, aliases, spec, gain, bias) - v).square().sum()
-        return torch.autograd.grad(loss, aliases, create_graph=record)
+        anchor = tuple(usable(a) for a in anchor)
+        aliases = tuple(a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in anchor)
+        gain, bias = (None if affine is None else usable(affine) for affine in (norm_weight, norm_bias))
+        error = apply_memory(usable(k_BHD), aliases, spec, gain, bias) - usable(v_BHD)
+        return torch.autograd.grad(error.square().sum(), aliases, create_graph=record)
 
 
 def layer_gate(gate: Tensor | tuple[Tensor, ...], token: int, layer: int) -> Tensor:

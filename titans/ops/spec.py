@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -53,7 +54,7 @@ class MemorySpec:
         """`(D_in, D_out)` of each matrix, first to last."""
         hidden = self.dim * self.expansion
         widths = [self.dim, *[hidden] * (self.depth - 1), self.dim]
-        return tuple(zip(widths[:-1], widths[1:], strict=True))
+        return tuple(pairwise(widths))
 
     @property
     def num_parameters(self) -> int:
@@ -147,12 +148,9 @@ class MemoryState:
         )
 
     def to(self, device: torch.device | str) -> MemoryState:
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = (
-                value.to(device)
-                if isinstance(value, Tensor)
-                else tuple(tensor.to(device) for tensor in value)
-            )
-        return MemoryState(**moved)
+        def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(tensor.to(device) for tensor in tensors)
+
+        return MemoryState(
+            move(self.weights), move(self.momentum), move(self.anchor), self.position.to(device)
+        )

@@ -45,11 +45,11 @@ def read_layer(
     scores = torch.bmm(queries, inputs.mT)
     if scales_inputs(gates, weights):
         output = torch.bmm(gates.start_weights * queries, weights)
-        if momentum is not None:
+        if momentum is not None and gates.start_momentum is not None:
             output.baddbmm_(gates.start_momentum * queries, momentum)
     else:
         output = torch.bmm(queries, weights).mul_(gates.start_weights)
-        if momentum is not None:
+        if momentum is not None and gates.start_momentum is not None:
             output.addcmul_(torch.bmm(queries, momentum), gates.start_momentum)
     if gates.channelwise:
         mixed = (gates.mix * scores.unsqueeze(1)).neg_()
@@ -222,7 +222,8 @@ class Carry:
         start = grad_weights * self.keep
         if momentum is None or grad_momentum is None or self.hold is None:
             return start, None
-        assert self.feed is not None and self.write_momentum is not None
+        assert self.feed is not None
+        assert self.write_momentum is not None
         partner = self._writes_backward(
             grad_momentum, inputs, grads, self.write_momentum, grad_inputs, grad_grads
         )

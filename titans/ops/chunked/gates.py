@@ -1,6 +1,6 @@
 """What decay and momentum do inside one chunk, as matrices.
 
-With a_t = exp(log_decay_t), eta_t = exp(log_momentum_t), inside a chunk (t, s, i = 1..C; index 0 = its start):
+With a_t = exp(log_decay_t), eta_t = exp(log_momentum_t), in a chunk (t, s, i = 1..C; index 0 = its start):
 
     B[t, s] = a_{s+1} ... a_t       H[s, i] = eta_{i+1} ... eta_s        (1 on the diagonal, 0 above)
     A = B H                         M_t = B[t, 0] M_0 + A[t, 0] S_0 - sum_i A[t, i] theta_i G_i
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def segment_products(log_gate: Tensor) -> Tensor:
-    """`[..., C]` logs -> `[..., C, C + 1]`: entry (t, s) is the product of the gates s + 1 .. t (counted from 1)."""
+    """`[..., C]` logs -> `[..., C, C + 1]`: entry (t, s), t from 1, is the product of gates s + 1 .. t."""
     size = log_gate.shape[-1]
     start = torch.arange(size + 1, device=log_gate.device)[:, None]
     token = torch.arange(size, device=log_gate.device)

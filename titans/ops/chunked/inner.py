@@ -36,7 +36,7 @@ def normalize_backward(grad: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> T
 
 @dataclass
 class InnerTrace:
-    """What the inner gradient leaves behind. inputs: X_0 .. X_{L-1}; hidden: Z_1 .. Z_L; grads: G_1 .. G_L."""
+    """What the inner gradient leaves. inputs: X_0 .. X_{L-1}; hidden: Z_1 .. Z_L; grads: G_1 .. G_L."""
 
     inputs: Tensors
     hidden: Tensors

@@ -1,11 +1,12 @@
 """The chunked implementation as two registered operators and one autograd function.
 
-The operators are opaque to `torch.compile` (their fakes know the shapes), so a compiled model keeps one graph;
-the autograd function around them is traced. Lists are flat because both sides want plain tensors.
+The operators are opaque to `torch.compile` (their fakes know the shapes), so a compiled model keeps one
+graph; the autograd function around them is traced. Lists are flat because both sides want plain tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,14 @@ _ARGUMENTS = (
 )
 
 
-def _inputs(*arguments: Any) -> ChunkedInputs:
+Arguments = Sequence[Any]
+
+
+def _inputs(arguments: Arguments) -> ChunkedInputs:
+    tensors: list[Any]
     *tensors, depth, expansion, activation, residual, norm, chunk_size, channelwise = arguments
     spec = MemorySpec(int(tensors[0].shape[-1]), depth, expansion, activation, residual, norm)
-    return ChunkedInputs(*tensors, spec=spec, chunk_size=chunk_size, channelwise=channelwise)
+    return ChunkedInputs(*[*tensors, spec, chunk_size, channelwise])
 
 
 def _like(tensors: list[Tensor]) -> list[Tensor]:
@@ -35,15 +40,13 @@ def _like(tensors: list[Tensor]) -> list[Tensor]:
 
 def chunked_forward(*arguments: Any) -> list[Tensor]:
     """output, L weights, L or no momentum, L anchor, then the kept states of weights and of momentum."""
-    *arguments, keep = arguments
-    result = forward_pass(_inputs(*arguments), keep)
+    result = forward_pass(_inputs(arguments[:-1]), keep=arguments[-1])
     states = [*result.weights, *result.momentum, *result.anchor]
     return [result.output, *states, *result.kept]
 
 
 def _fake_forward(*arguments: Any) -> list[Tensor]:
-    *arguments, keep = arguments
-    x = _inputs(*arguments)
+    x, keep = _inputs(arguments[:-1]), arguments[-1]
     cells = kept_cells(x.q.shape[0] * x.q.shape[1], x.position.shape[0], x.chunk_size) if keep else 0
     kept = [state.new_empty((cells, *state.shape[1:])) for state in [*x.weights, *x.momentum]] if keep else []
     return [x.v.new_empty(x.v.shape), *_like([*x.weights, *x.momentum, *x.anchor]), *kept]
@@ -52,8 +55,8 @@ def _fake_forward(*arguments: Any) -> list[Tensor]:
 def chunked_backward(*arguments: Any) -> list[Tensor]:
     """Gradients of q, k, v, theta, log_decay.., log_momentum, weights.., momentum.., anchor.., norm_weight,
     norm_bias, in this order; the optional ones only where they were given."""
-    *arguments, kept, grad_output, grad_states = arguments
-    x = _inputs(*arguments)
+    kept, grad_output, grad_states = arguments[-3:]
+    x = _inputs(arguments[:-3])
     weights, momentum, anchor = _split(grad_states, (len(x.weights), len(x.momentum), len(x.anchor)))
     grads = backward_pass(x, kept, grad_output, weights, momentum, anchor)
     found = [
@@ -64,7 +67,7 @@ def chunked_backward(*arguments: Any) -> list[Tensor]:
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    x = _inputs(*arguments[:-3])
+    x = _inputs(arguments[:-3])
     given = [
         *(x.q, x.k, x.v, x.theta, *x.log_decay, x.log_momentum),
         *(*x.weights, *x.momentum, *x.anchor, x.norm_weight, x.norm_bias),
@@ -94,54 +97,52 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        settings,
-        lengths,
-        keep,
-        q,
-        k,
-        v,
-        theta,
-        log_momentum,
-        position,
-        norm_weight,
-        norm_bias,
-        cu_seqlens,
-        *lists,
-    ):  # type: ignore[no-untyped-def]  # noqa: E501
-        log_decay, weights, momentum, anchor = _split(lists, lengths)
-        arguments = (
-            *(q, k, v, theta, log_decay, log_momentum, weights, momentum, anchor),
-            *(position, norm_weight, norm_bias, cu_seqlens),
-        )
-        results = _forward(*arguments, *settings, keep)
-        states = 1 + len(weights) + len(momentum) + len(anchor)
-        ctx.save_for_backward(
-            *(q, k, v, theta, log_momentum, position, norm_weight, norm_bias, cu_seqlens),
-            *lists,
-            *results[states:],
-        )
+        settings: tuple[Any, ...],
+        lengths: tuple[int, ...],
+        keep: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        theta: Tensor,
+        log_momentum: Tensor | None,
+        position: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        *lists: Tensor,
+    ) -> tuple[Tensor, ...]:
+        tensors = (q, k, v, theta, log_momentum, position, norm_weight, norm_bias, cu_seqlens)
+        results = _forward(*_in_order(tensors, lists, lengths), *settings, keep)
+        states = 1 + sum(lengths[1:])
+        ctx.save_for_backward(*tensors, *lists, *results[states:])
         ctx.settings, ctx.lengths = settings, lengths
         return tuple(results[:states])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *grad_states: Tensor):  # type: ignore[no-untyped-def]
-        q, k, v, theta, log_momentum, position, norm_weight, norm_bias, cu_seqlens, *rest = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor, *grad_states: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, rest = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
         lists, kept = rest[: sum(ctx.lengths)], rest[sum(ctx.lengths) :]
-        log_decay, weights, momentum, anchor = _split(lists, ctx.lengths)
-        arguments = (
-            *(q, k, v, theta, log_decay, log_momentum, weights, momentum, anchor),
-            *(position, norm_weight, norm_bias, cu_seqlens),
-        )
-        grads = list(_backward(*arguments, *ctx.settings, kept, grad_output, list(grad_states)))
+        arguments = _in_order(tensors, lists, ctx.lengths)
+        grads = _backward(*arguments, *ctx.settings, list(kept), grad_output, list(grad_states))
+        *_, log_momentum, _, norm_weight, norm_bias, _ = tensors
         grad_q, grad_k, grad_v, grad_theta, *grads = grads
-        grad_decay, grads = grads[: len(log_decay)], grads[len(log_decay) :]
-        grad_momentum_gate = grads.pop(0) if log_momentum is not None else None
-        grad_bias = grads.pop() if norm_bias is not None else None
-        grad_weight = grads.pop() if norm_weight is not None else None
+        grad_decay, grads = grads[: ctx.lengths[0]], grads[ctx.lengths[0] :]
+        grad_log_momentum = None if log_momentum is None else grads.pop(0)
+        grad_bias = None if norm_bias is None else grads.pop()
+        grad_weight = None if norm_weight is None else grads.pop()
         return (
-            *(None, None, None, grad_q, grad_k, grad_v, grad_theta, grad_momentum_gate),
+            *(None, None, None, grad_q, grad_k, grad_v, grad_theta, grad_log_momentum),
             *(None, grad_weight, grad_bias, None, *grad_decay, *grads),
         )
+
+
+def _in_order(
+    tensors: Sequence[Tensor | None], lists: Sequence[Tensor], lengths: tuple[int, ...]
+) -> tuple[Any, ...]:
+    """The operators' tensor arguments, from what the autograd function takes."""
+    q, k, v, theta, log_momentum, *others = tensors
+    log_decay, weights, momentum, anchor = _split(lists, lengths)
+    return (q, k, v, theta, log_decay, log_momentum, weights, momentum, anchor, *others)
 
 
 def _split(lists: Any, lengths: tuple[int, ...]) -> list[list[Tensor]]:

@@ -54,7 +54,7 @@ def read_group(group: Group, written: Written, spec: MemorySpec) -> GroupRead:
 
 @dataclass
 class GroupReadGradients:
-    """q: `[N, C, D]`; gain, bias: gradients of the LN's gain and bias, `[N, C, D]` or None; layers: the rest."""
+    """q: `[N, C, D]`; gain, bias: of the LN's gain and bias, `[N, C, D]` or None; layers: the rest."""
 
     q: Tensor
     gain: Tensor | None
