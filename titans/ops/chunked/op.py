@@ -120,7 +120,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *grad_states: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, rest = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes at the first look
+        tensors, rest = saved[:9], saved[9:]
         lists, kept = rest[: sum(ctx.lengths)], rest[sum(ctx.lengths) :]
         arguments = _in_order(tensors, lists, ctx.lengths)
         grads = _backward(*arguments, *ctx.settings, list(kept), grad_output, list(grad_states))
