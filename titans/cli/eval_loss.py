@@ -79,9 +79,8 @@ def loss_table(result: "StreamLoss", title: str) -> "Table":
     from rich.table import Table
 
     table = Table(title=title)
-    table.add_column("position", justify="right")
-    for column in ("tokens", "loss (nats)", "bits/token", "tokens/s", "memory in use"):
-        table.add_column(column, justify="right")
+    for column in ("position", "tokens", "loss (nats)", "bits/token", "tokens/s", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
     for bucket in result.buckets:
         table.add_row(
             f"{bucket.start:,} - {bucket.stop:,}",

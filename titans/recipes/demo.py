@@ -6,19 +6,27 @@ from titans.training.recipe import DataSettings, ModelSettings, Recipe, Training
 
 
 def demo_mac() -> Recipe:
-    """Memory as context, 1-2 M parameters, bytes of CPython's documentation: minutes on two CPU cores."""
+    """Memory as context, 1.4 M parameters, bytes of CPython's documentation: minutes on two CPU cores."""
     return Recipe(
+        # Wide and shallow: on a CPU the memories cost three times what all matrices cost, and two blocks of
+        # 6 heads x (32 -> 64 -> 32) take half the time of four blocks of 4 heads x (32 -> 128 -> 32).
         model=ModelSettings(
             size="tiny",
             variant="mac",
-            segment_size=64,
-            num_persistent_tokens=8,
+            hidden_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            intermediate_size=512,
+            memory_head_dim=32,
+            memory_expansion=2,
         ),
         data=DataSettings(folder=Path("runs/demo/data"), sequence_length=256),
+        # Many small steps: with 100,000 tokens in all, 200 steps of 512 reach a loss that 100 steps of 1,024
+        # do not (2.21 and 2.54 nats per byte).
         training=TrainingSettings(
-            steps=300,
-            batch_size=8,
-            learning_rate=3e-3,
+            steps=400,
+            batch_size=2,
+            learning_rate=2e-3,  # at 3e-3 the gradient's norm reaches 1,000 now and then; here it stays below 20
             warmup_steps=30,
             eval_every=100,
             eval_sequences=32,

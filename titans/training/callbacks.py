@@ -112,7 +112,9 @@ class TerminalProgress(TrainerCallback):
             return
         step = state.global_step
         if "eval_loss" in logs:
-            self._console.print(f"step {step}: validation loss {logs['eval_loss']:.4f}", highlight=False)
+            self._console.print(
+                f"step {step}: validation loss {logs['eval_loss']:.4f}", highlight=False, soft_wrap=True
+            )
         if "loss" not in logs:
             return
         figures = f"loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s"
@@ -125,6 +127,7 @@ class TerminalProgress(TrainerCallback):
                 f"step {step}/{state.max_steps}  {figures}  lr {logs['learning_rate']:.2e}  "
                 f"grad norm {logs['grad_norm']:.2f}  {left:.0f} s left",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def close(self) -> None:
