@@ -6,7 +6,7 @@
 
 Beside the variants: the memory at depth 1 and 4, chunks of 64, bfloat16 autocast, and what happens when the
 bound on the inner step is moved (by default 0.1, 0.5, 0.1 and 0.02 at depth 1 to 4). A row that diverges is
-a result, too. Batches are 2 x 256 bytes, so that a row takes minutes on one core. (Not a `bench_*.py`: those
+a result, too. Batches hold two sequences, so that a row takes minutes on one core. (Not a `bench_*.py`: those
 take seconds a row.)
 """
 
@@ -50,9 +50,11 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass
 class Options:
-    """steps: of training. only: names of rows. jobs: rows at a time. threads: of PyTorch, in each."""
+    """steps: of training, each of two sequences. only: names of rows. jobs: rows at a time. threads: of PyTorch,
+    in each."""
 
     steps: int = 500
+    sequence_length: int = 256
     only: tuple[str, ...] = ()
     jobs: int = 1
     threads: int = 2
@@ -111,9 +113,9 @@ def run_row(name: str, steps: int, threads: int, sequence_length: int = 256) -> 
         "median_grad_norm": sorted(norms)[len(norms) // 2] if norms else math.nan,
         "memory": [
             {"step": record["step"]}
-            | {key: value for key, value in record.items() if key.startswith("memory/")}
+            | {key: value for key, value in record.items() if key.startswith("memory_")}
             for record in log
-            if any(key.startswith("memory/") for key in record)
+            if any(key.startswith("memory_") for key in record)
         ],
     }
 
@@ -126,13 +128,20 @@ def main(options: Options) -> None:
 
     def launch(name: str) -> dict[str, Any]:
         # Four layers cost four times as much: the hidden ones are F x F.
-        job = json.dumps([name, options.steps, options.threads * (4 if "depth 4" in name else 1)])
+        job = json.dumps(
+            [name, options.steps, options.threads * (4 if "depth 4" in name else 1), options.sequence_length]
+        )
         done = subprocess.run([sys.executable, __file__, "--row", job], capture_output=True, text=True)
         if done.returncode:
             return {"row": name, "ending": "crashed", "message": done.stderr.strip().splitlines()[-1]}
         return json.loads(done.stdout.splitlines()[-1])
 
-    session = Session(options.out, Path(__file__).resolve(), {"steps": options.steps}, options.threads)
+    session = Session(
+        options.out,
+        Path(__file__).resolve(),
+        {"steps": options.steps, "sequence_length": options.sequence_length},
+        options.threads,
+    )
     with ThreadPoolExecutor(options.jobs) as pool:
         for row in pool.map(launch, names):
             session.rows.append(row)
