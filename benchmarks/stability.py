@@ -50,8 +50,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass
 class Options:
-    """steps: of training, each of two sequences. only: names of rows. jobs: rows at a time. threads: of PyTorch,
-    in each."""
+    """steps: of training, each of two sequences. only: names of rows. jobs: rows at a time; threads: of
+    PyTorch in each."""
 
     steps: int = 500
     sequence_length: int = 256
