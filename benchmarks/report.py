@@ -44,8 +44,8 @@ def memory_on_a_cpu(record: dict[str, Any]) -> str:
     parts = ["## The memory layer on a CPU\n"]
     parts.append(
         "Forward and backward of one layer, batch 1, width 384, 4 heads x 64, two layers of expansion 4, "
-        "float32, chunk 64, beside lucidrains' titans-pytorch 0.5.5 in the same run: once in the setting that "
-        "computes the same rule, once in its coarse default, which computes something simpler.\n"
+        "float32, chunk 64, beside lucidrains' titans-pytorch 0.5.5 in the same run: once in the setting "
+        "that computes the same rule, once in its coarse default, which computes something simpler.\n"
     )
     rows = []
     for row in record["rows"]:
@@ -66,7 +66,7 @@ def memory_on_a_cpu(record: dict[str, Any]) -> str:
                 f"{tokens:,}",
                 f"{seconds:.3f}",
                 f"{tokens / seconds:,.0f}",
-                f"{row['peak_bytes'] / 2**30:.2f}",
+                f"{row['peak_bytes'] / 1e9:.2f}",
             ]
         )
     parts.append(table(["what", "tokens", "seconds", "tokens/s", "peak GB"], rows))
@@ -74,18 +74,18 @@ def memory_on_a_cpu(record: dict[str, Any]) -> str:
     flops, rate = summary["mflop_per_token"], summary["matmul_gflops"]
     powers = summary["exponents"]
     facts = [
-        f"The layer needs {flops['layer']:.1f} MFLOP a token in matrix products (the op {flops['op']:.1f}) and "
-        f"reaches {layer['share_of_matmul_peak']:.0%} of the {rate['before']:.0f} to {rate['after']:.0f} GFLOP/s of a "
-        f"large product in the same run, the op {op['share_of_matmul_peak']:.0%}.",
-        f"Time grows with the length to the power {powers['seconds']:.2f}, peak memory to {powers['peak_gb']:.2f}, "
-        "from 1K to 64K tokens.",
+        f"The layer needs {flops['layer']:.1f} MFLOP a token in matrix products (the op {flops['op']:.1f}) "
+        f"and reaches {layer['share_of_matmul_peak']:.0%} of the {rate['before']:.0f} to "
+        f"{rate['after']:.0f} GFLOP/s of a large product in the same run, the op {op['share_of_matmul_peak']:.0%}.",
+        f"Time grows with the length to the power {powers['seconds']:.2f}, peak memory to "
+        f"{powers['peak_gb']:.2f}, from 1K to 64K tokens.",
     ]
     for name in ("peer, same rule", "peer, coarse default"):
         if name in summary:
             setting = name.removeprefix("peer, ")
             facts.append(
-                f"titans-pytorch, {setting}: {summary[name]['time_over_ours']:.2f} times the time of our layer and "
-                f"{summary[name]['memory_over_ours']:.1f} times its memory."
+                f"titans-pytorch, {setting}: {summary[name]['time_over_ours']:.2f} times the time of our "
+                f"layer and {summary[name]['memory_over_ours']:.1f} times its memory."
             )
     parts.append("\n" + "\n".join(f"* {fact}" for fact in facts))
     return "\n".join(parts)
