@@ -76,7 +76,8 @@ def memory_on_a_cpu(record: dict[str, Any]) -> str:
     facts = [
         f"The layer needs {flops['layer']:.1f} MFLOP a token in matrix products (the op {flops['op']:.1f}) "
         f"and reaches {layer['share_of_matmul_peak']:.0%} of the {rate['before']:.0f} to "
-        f"{rate['after']:.0f} GFLOP/s of a large product in the same run, the op {op['share_of_matmul_peak']:.0%}.",
+        f"{rate['after']:.0f} GFLOP/s of a large product in the same run, "
+        f"the op {op['share_of_matmul_peak']:.0%}.",
         f"Time grows with the length to the power {powers['seconds']:.2f}, peak memory to "
         f"{powers['peak_gb']:.2f}, from 1K to 64K tokens.",
     ]
