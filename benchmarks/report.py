@@ -112,7 +112,7 @@ def stability(record: dict[str, Any]) -> str:
     ]
     title = {
         "stability": "## Does the recipe train?",
-        "stability_matrix": "## The bound on the inner step, before the initial values were settled",
+        "stability_matrix": "## The bound on the inner step",
     }[record["name"]]
     length = record["options"].get("sequence_length", 256)
     about = (
@@ -122,9 +122,38 @@ def stability(record: dict[str, Any]) -> str:
     return "\n".join([title + "\n", about, table(header, rows)])
 
 
+def initial_values(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["values"],
+            str(row["depth"]),
+            "" if row["max_step"] is None else f"{row['max_step']:g}",
+            row["other"],
+            f"{row['steps']} x {row['batch']}",
+            f"{row['validation']:.3f}",
+            f"{row['median_grad_norm']:.2f}",
+            f"{row['p95_grad_norm']:,.1f}",
+            f"{row['max_grad_norm']:,.1f}",
+        ]
+        for row in sorted(record["rows"], key=lambda row: (-row["batch"], row["depth"], row["values"]))
+    ]
+    header = [
+        *("initial values", "depth", "max step", "", "steps x batch", "validation loss"),
+        *("median gradient norm", "95 %", "largest"),
+    ]
+    about = (
+        "Tiny `lmm`, bytes of CPython's documentation, AdamW at a constant 2e-3, sequences of 256, gradients "
+        "clipped to 1 (norms are those before clipping). Compare rows of one batch size and about as many steps.\n"
+    )
+    return "\n".join(
+        ["## Initial values of the memory and the bound on its step\n", about, table(header, rows)]
+    )
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ops_cpu.json": memory_on_a_cpu,
     "stability.json": stability,
+    "initial_values.json": initial_values,
     "stability_matrix.json": stability,
 }
 
