@@ -1,11 +1,11 @@
 """What the initial values of the memory and the bound on its step do to training: one row, one process.
 
-    python benchmarks/initial_values.py fan-in --seconds 420 --batch 8
-    python benchmarks/initial_values.py unit --memory-depth 4 --max-step 0.02
+    python benchmarks/initial_values.py --values fan-in --seconds 420 --batch 8
+    python benchmarks/initial_values.py --values unit --memory-depth 4 --max-step 0.02
 
 Initial values: "fan-in" (deviation 1 / sqrt(D_in)), "one" (1 in every layer), "two", or "unit" (outputs of
-unit variance and steps divided by the input's power: what the library does). A plain loop on bytes of CPython's
-documentation: AdamW at a constant 2e-3 after 50 steps of warm-up, gradients clipped to 1, sequences of 256.
+unit variance and steps divided by the input's power: what the library does). A plain loop on bytes of
+CPython's documentation: AdamW at a constant 2e-3 after 50 steps of warm-up, gradients clipped to 1, sequences of 256.
 It prints what `results/initial_values.json` holds for many rows, run side by side.
 """
 

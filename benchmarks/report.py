@@ -143,7 +143,8 @@ def initial_values(record: dict[str, Any]) -> str:
     ]
     about = (
         "Tiny `lmm`, bytes of CPython's documentation, AdamW at a constant 2e-3, sequences of 256, gradients "
-        "clipped to 1 (norms are those before clipping). Compare rows of one batch size and about as many steps.\n"
+        "clipped to 1 (norms are those before clipping). Compare rows of one batch size and "
+        "about as many steps.\n"
     )
     return "\n".join(
         ["## Initial values of the memory and the bound on its step\n", about, table(header, rows)]
