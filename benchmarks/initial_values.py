@@ -5,8 +5,8 @@
 
 Initial values: "fan-in" (deviation 1 / sqrt(D_in)), "one" (1 in every layer), "two", or "unit" (outputs of
 unit variance and steps divided by the input's power: what the library does). A plain loop on bytes of
-CPython's documentation: AdamW at a constant 2e-3 after 50 steps of warm-up, gradients clipped to 1, sequences of 256.
-It prints what `results/initial_values.json` holds for many rows, run side by side.
+CPython's documentation: AdamW at a constant 2e-3 after 50 steps of warm-up, gradients clipped to 1, sequences
+of 256. It prints what `results/initial_values.json` holds for many rows, run side by side.
 """
 
 from __future__ import annotations
