@@ -68,7 +68,8 @@ def test_too_little_text_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert "too little text" in error
     assert "\n" not in error
-    assert main(["demo", "--source", str(tmp_path / "absent.txt")]) == 2
+    # A folder of its own: after `make demo` the default one holds a run.
+    assert main(["demo", "--source", str(tmp_path / "absent.txt"), "--out", str(tmp_path / "new")]) == 2
     assert "no such file" in capsys.readouterr().err
 
 
