@@ -25,8 +25,8 @@ MAX_RECTIFIED_FORGET = 0.1
 
 
 # Bound of a token's total step, by depth of the memory: the largest of 0.5, 0.1 and 0.02 whose outer gradient
-# stayed tame in training at tiny size (results/stability.json). A linear memory has no LN to absorb a large
-# step; with 0.5 the outer gradient of three layers reached 4e6, of four 8e7.
+# stayed tame in training at tiny size (results/initial_values.json). A linear memory has no LN to absorb a
+# large step; with 0.5 the outer gradient of three layers reached 4e6, of four 8e7.
 DEFAULT_MAX_STEP = {1: 0.1, 2: 0.5, 3: 0.1, 4: 0.02}
 
 

@@ -9,6 +9,8 @@ document among short ones wastes nothing. One (step, row) pair is a cell; cells 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -41,8 +43,10 @@ class ChunkGrid:
     def steps(self) -> int:
         return len(self.active)
 
-    def cells(self, first: int, last: int) -> int:
-        return sum(self.active[first:last])
+    @cached_property
+    def first_cell(self) -> list[int]:
+        """The first cell of every step, and the number of cells at the end."""
+        return [0, *accumulate(self.active)]
 
     def sort(self, rows: Tensor) -> Tensor:
         return rows if self.order is None else rows.index_select(0, self.order)

@@ -93,7 +93,8 @@ class Group:
     @classmethod
     def load(cls, x: ChunkedInputs, grid: ChunkGrid, first_step: int) -> Group:
         steps = range(first_step, min(first_step + GROUP, grid.steps))
-        first_cell, cells = grid.cells(0, first_step), grid.cells(steps.start, steps.stop)
+        first_cell = grid.first_cell[steps.start]
+        cells = grid.first_cell[steps.stop] - first_cell
 
         def affine(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.repeat(cells, 1).unsqueeze(1)
