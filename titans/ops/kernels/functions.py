@@ -1,0 +1,151 @@
+"""Device functions that several kernels share.
+
+Names: C tokens of a chunk, D width of a head, F hidden width. Matrices of gates are `[t, s]`, t >= s: what the
+write of token s still weighs at token t.
+"""
+
+import triton
+import triton.language as tl
+
+# Rows of `gate_vectors`' output, `[cells, H, ROWS, C]` fp32.
+BETA = tl.constexpr(0)  # weight of the chunk's first W in W_t
+FEED = tl.constexpr(1)  # weight of the chunk's first S in W_t
+LAST_W = tl.constexpr(2)  # weight of token i's gradient in the chunk's last W, without theta
+LAST_S = tl.constexpr(3)  # the same for S
+THETA = tl.constexpr(4)
+LOG_DECAY = tl.constexpr(5)
+LOG_MOMENTUM = tl.constexpr(6)
+END = tl.constexpr(7)  # its first three entries: BETA, FEED and the weight of S in S at the chunk's last token
+ROWS = tl.constexpr(8)
+
+NORM_EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def row_of(table, row, num_rows):
+    """First token, end, first slot of chunk 0, first cell and number of chunks of a row of the batch."""
+    begin = tl.load(table + row)
+    end = tl.load(table + num_rows + row)
+    first = tl.load(table + 2 * num_rows + row)
+    base = tl.load(table + 3 * num_rows + row)
+    count = tl.load(table + 4 * num_rows + row)
+    return begin, end, first, base, count
+
+
+@triton.jit
+def chunks_of_group(base, count, stride, group_start, group_end):
+    """The row's chunks whose cells (base + n stride) lie in the group."""
+    low = (tl.maximum(group_start - base, 0) + stride - 1) // stride
+    high = (tl.maximum(group_end - base, 0) + stride - 1) // stride
+    return tl.minimum(low, count), tl.minimum(high, count)
+
+
+@triton.jit
+def matmul(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def products(log_gate, C: tl.constexpr):
+    """exp(sum of log_gate over s < j <= t), `[t, s]`, 0 above the diagonal.
+
+    Summed for every s on its own: differences of one running sum lose digits and make NaN of -inf.
+    """
+    t = tl.arange(0, C)[:, None]
+    s = tl.arange(0, C)[None, :]
+    total = tl.cumsum(tl.where(t > s, log_gate[:, None], 0.0), 0)
+    return tl.where(t >= s, tl.exp(total), 0.0)
+
+
+@triton.jit
+def products_transposed(log_gate, C: tl.constexpr):
+    """The same as `[s, t]`."""
+    s = tl.arange(0, C)[:, None]
+    t = tl.arange(0, C)[None, :]
+    total = tl.cumsum(tl.where(t > s, log_gate[None, :], 0.0), 1)
+    return tl.where(t >= s, tl.exp(total), 0.0)
+
+
+@triton.jit
+def compose(decay_CC, momentum_CC, EXACT: tl.constexpr):
+    """decay @ momentum. Entries lie in [0, 1] and the diagonal is 1: fp16 keeps as many digits as tf32."""
+    if EXACT:
+        return tl.dot(decay_CC, momentum_CC, input_precision="ieee")
+    return tl.dot(decay_CC.to(tl.float16), momentum_CC.to(tl.float16))
+
+
+@triton.jit
+def mixing(vectors, slots, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr):
+    """Weight of the gradient of token i in W_t, without theta: `[t, i]`."""
+    decay_CC = products(tl.load(vectors + LOG_DECAY * C + slots), C)
+    if MOMENTUM:
+        momentum_CC = products(tl.load(vectors + LOG_MOMENTUM * C + slots), C)
+        return compose(decay_CC, momentum_CC, EXACT)
+    return decay_CC
+
+
+@triton.jit
+def act(z, KIND: tl.constexpr):
+    if KIND == "silu":
+        return z * tl.sigmoid(z)
+    elif KIND == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * z * (1.0 + 0.044715 * z * z)
+        return z * tl.sigmoid(2.0 * inner)
+
+
+@triton.jit
+def act_slope(z, KIND: tl.constexpr):
+    """act and act'."""
+    if KIND == "silu":
+        gate = tl.sigmoid(z)
+        return z * gate, gate * (1.0 + z * (1.0 - gate))
+    elif KIND == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        return z * cdf, cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+    else:
+        square = z * z
+        gate = tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * square))  # (1 + tanh) / 2
+        bend = 1.5957691216057308 * (1.0 + 0.134145 * square)
+        return z * gate, gate + z * gate * (1.0 - gate) * bend
+
+
+@triton.jit
+def act_curvature(z, KIND: tl.constexpr):
+    """act, act' and act''."""
+    if KIND == "silu":
+        gate = tl.sigmoid(z)
+        slope = gate * (1.0 - gate)
+        return z * gate, gate + z * slope, slope * (2.0 + z * (1.0 - 2.0 * gate))
+    elif KIND == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return z * cdf, cdf + z * density, density * (2.0 - z * z)
+    else:
+        square = z * z
+        gate = tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * square))
+        bend = 1.5957691216057308 * (1.0 + 0.134145 * square)
+        slope = gate * (1.0 - gate)
+        turn = 0.4281288976356015 * z  # bend'
+        return (
+            z * gate,
+            gate + z * slope * bend,
+            slope * (2.0 * bend + z * (1.0 - 2.0 * gate) * bend * bend + z * turn),
+        )
+
+
+@triton.jit
+def normalize(z, D: tl.constexpr):
+    """Rows with mean 0 and variance 1, and the reciprocal deviation before."""
+    centred = z - (tl.sum(z, 1) / D)[:, None]
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + NORM_EPS)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def normalize_backward(grad, normed, rstd, D: tl.constexpr):
+    """J grad, J = rstd (I - 1/D - normed normed^T / D): the Jacobian of `normalize`, symmetric."""
+    mean = (tl.sum(grad, 1) / D)[:, None]
+    along = (tl.sum(grad * normed, 1) / D)[:, None]
+    return rstd[:, None] * (grad - mean - normed * along)

@@ -1,0 +1,79 @@
+"""One call of the kernels: its tensors as they want them, scratch memory, and launch settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans.ops.kernels.functions import ROWS
+from titans.ops.kernels.gates import gate_vectors
+from titans.ops.kernels.plan import Plan, make_plan
+from titans.ops.spec import MemorySpec
+
+
+@dataclass(frozen=True)
+class Launch:
+    """warps and pipeline stages of a kernel, and the width of its column (or hidden) blocks."""
+
+    warps: int
+    stages: int = 1
+    block: int = 64
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass
+class TokenGradients:
+    """Gradients of the token-wise arguments, filled group by group."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    theta: Tensor
+    log_decay: Tensor
+    log_momentum: Tensor
+
+
+class Call:
+    """The arguments of one call, contiguous; gates fp32 `[B, T, H, sets]`, one set or one for every layer."""
+
+    def __init__(self, x: Any) -> None:
+        self.spec: MemorySpec = x.spec
+        self.q, self.k, self.v = x.q.contiguous(), x.k.contiguous(), x.v.contiguous()
+        self.B, self.T, self.H, self.D = x.q.shape
+        self.C: int = x.chunk_size
+        self.F = self.spec.layer_shapes[0][1]
+        self.momentum = x.log_momentum is not None
+        gates = [x.theta, x.log_decay[0]] + ([x.log_momentum] if self.momentum else [])
+        self.sets = max(gate.shape[-1] for gate in gates)
+        gates = [gate.expand(*gate.shape[:-1], self.sets).contiguous() for gate in gates]
+        self.theta, self.log_decay = gates[:2]
+        self.log_momentum = gates[-1]  # log_decay where there is none: never read
+        self.plan: Plan = make_plan(self.B, self.T, self.C, x.position, x.cu_seqlens)
+        self.exact = self.q.dtype == torch.float32
+        self.precision = "ieee" if self.exact else "tf32"  # of products of fp32 tiles; half ones ignore it
+
+    def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+
+    @cached_property
+    def grads(self) -> TokenGradients:
+        like = (self.q, self.k, self.v, self.theta, self.log_decay)
+        momentum = torch.empty_like(self.log_momentum) if self.momentum else self.log_momentum
+        return TokenGradients(*(torch.empty_like(tensor) for tensor in like), momentum)
+
+    def gate_vectors(self, group: tuple[int, int]) -> Tensor:
+        """`[sets, cells, H, ROWS, C]`, see `functions.py`."""
+        cells, plan = group[1] - group[0], self.plan
+        vectors = self.scratch(self.sets, cells, self.H, ROWS.value, self.C, dtype=torch.float32)
+        gate_vectors[(cells, self.H, self.sets)](
+            self.theta, self.log_decay, self.log_momentum, vectors, plan.table, plan.cell_row,
+            plan.rows, group[0], plan.stride, self.H, self.sets, self.C, self.momentum, num_warps=4,
+        )  # fmt: skip
+        return vectors

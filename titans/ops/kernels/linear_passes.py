@@ -1,0 +1,114 @@
+"""Launches of the linear memory's kernels over one group of cells, with the buffers that they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titans.ops.kernels.launch import Call, Launch
+from titans.ops.kernels.linear import (
+    linear_finish,
+    linear_read,
+    linear_read_backward,
+    linear_write,
+    linear_write_backward,
+)
+
+WRITE = Launch(warps=4, stages=2, block=32)
+READ = Launch(warps=4, stages=2, block=64)
+READ_BACKWARD = Launch(warps=4, stages=1, block=64)
+WRITE_BACKWARD = Launch(warps=4, stages=2, block=32)
+FINISH = Launch(warps=4, stages=1, block=64)
+
+
+@dataclass
+class LinearGroup:
+    """Buffers of a group: states at the chunks' starts, gradients of the loss at the tokens, gate vectors."""
+
+    call: Call
+    group: tuple[int, int]
+    vectors: Tensor
+    W_start: Tensor
+    S_start: Tensor
+    G: Tensor
+
+    @staticmethod
+    def bytes_per_cell(call: Call, backward: bool) -> int:
+        """Of the buffers of one head of a cell."""
+        D, C = call.D, call.C
+        states = 6 if backward else 2
+        return (states * D * D + (3 if backward else 1) * C * D) * call.q.element_size()
+
+    @classmethod
+    def allocate(cls, call: Call, group: tuple[int, int]) -> LinearGroup:
+        cells, D = group[1] - group[0], call.D
+        W_start = call.scratch(cells + call.plan.rows, call.H, D, D)
+        S_start = call.scratch(cells, call.H, D, D) if call.momentum else W_start
+        return cls(call, group, call.gate_vectors(group), W_start, S_start, call.scratch(cells, call.H, call.C, D))
+
+    def _row_tables(self) -> tuple[Tensor, Tensor]:
+        return self.call.plan.table, self.call.plan.cell_row
+
+    def write(self, weights: list[Tensor], momentum: list[Tensor], first: list[Tensor], end: list[Tensor]) -> None:
+        """Moves weights and momentum on to the end of the group, in place."""
+        call, plan = self.call, self.call.plan
+        block = min(WRITE.block, call.D)
+        S = momentum[0] if call.momentum else weights[0]
+        linear_write[(call.D // block, plan.rows * call.H)](
+            call.k, call.v, self.vectors, plan.table, weights[0], S, first[0], end[0],
+            self.W_start, self.S_start, self.G,
+            plan.rows, *self.group, plan.stride, call.H, call.D, block, call.C,
+            call.spec.residual, call.momentum, call.precision, **WRITE.options,
+        )  # fmt: skip
+
+    def read(self, output: Tensor) -> None:
+        call, plan = self.call, self.call.plan
+        block = min(READ.block, call.D)
+        linear_read[(self.group[1] - self.group[0], call.H, call.D // block)](
+            call.q, call.k, output, self.vectors, *self._row_tables(), self.W_start, self.S_start, self.G,
+            plan.rows, self.group[0], plan.stride, call.H, call.D, block, call.C,
+            call.spec.residual, call.momentum, call.exact, call.precision, **READ.options,
+        )  # fmt: skip
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        grad_weights: list[Tensor],
+        grad_momentum: list[Tensor],
+        grad_first: list[Tensor],
+        grad_end: list[Tensor],
+    ) -> None:
+        """After `write`: gradients of the tokens go to the call's, those of the state move back in place."""
+        call, plan, grads = self.call, self.call.plan, self.call.grads
+        cells, D, C = self.group[1] - self.group[0], call.D, call.C
+        parts = call.scratch(cells, call.H, 3, C, dtype=torch.float32)
+        grad_G = torch.empty_like(self.G)
+        grad_W, W_end = call.scratch(cells, call.H, D, D), call.scratch(cells, call.H, D, D)
+        grad_S, S_end = grad_W, W_end
+        if call.momentum:
+            grad_S, S_end = torch.empty_like(grad_W), torch.empty_like(grad_W)
+        sizes = (call.H, D)
+        block = min(READ_BACKWARD.block, D)
+        linear_read_backward[(cells, call.H)](
+            call.q, call.k, grad_output, grads.q, grads.k, self.vectors, *self._row_tables(),
+            self.W_start, self.S_start, self.G, grad_G, grad_W, grad_S, parts,
+            plan.rows, self.group[0], plan.stride, *sizes, block, C,
+            call.spec.residual, call.momentum, call.exact, call.precision, **READ_BACKWARD.options,
+        )  # fmt: skip
+        block = min(WRITE_BACKWARD.block, D)
+        dS = grad_momentum[0] if call.momentum else grad_weights[0]
+        linear_write_backward[(D // block, plan.rows * call.H)](
+            call.k, self.vectors, plan.table, grad_weights[0], dS, grad_first[0], grad_end[0],
+            grad_G, grad_W, grad_S, W_end, S_end, grads.v,
+            plan.rows, *self.group, plan.stride, *sizes, block, C,
+            call.momentum, call.precision, **WRITE_BACKWARD.options,
+        )  # fmt: skip
+        block = min(FINISH.block, D)
+        linear_finish[(cells, call.H)](
+            call.k, grads.k, self.vectors, *self._row_tables(), self.W_start, self.S_start, self.G, grad_G,
+            W_end, S_end, parts, grads.theta, grads.log_decay, grads.log_momentum,
+            plan.rows, *self.group, plan.stride, *sizes, block, C,
+            call.spec.residual, call.momentum, call.precision, **FINISH.options,
+        )  # fmt: skip
