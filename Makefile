@@ -4,6 +4,9 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Runs the GPU kernels' tests on a CPU, in Triton's interpreter (3.6's fails with numpy 2.4). Not in the lock: a CUDA
+# build of torch brings the Triton that it pins, and a second pin could not be resolved (docs/decisions.md).
+TRITON := triton==3.9.0; sys_platform == "linux" and platform_machine == "x86_64"
 # Tests run with one thread each (tests/conftest.py), JOBS of them at a time.
 PYTEST := $(BIN)/python -m pytest
 REQUIRE_311 := -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
@@ -20,12 +23,14 @@ help:
 
 setup: $(READY)
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml Makefile
 	@test -x $(BIN)/python || $(PYTHON) $(REQUIRE_311)
 	@test -x $(BIN)/python || { echo "set-up: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python $(REQUIRE_311)
 	@echo "set-up: installing requirements.lock into $(VENV) (minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)' \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TRITON)'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 

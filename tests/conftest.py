@@ -20,6 +20,9 @@ from hypothesis import settings
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)
+# Without a GPU the kernels run in Triton's interpreter, which @triton.jit asks for when a kernel's module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No deadline: a first call warms up. In CI the same examples every time, so that red means a change.
 settings.register_profile("dev", deadline=None, max_examples=25)

@@ -3,7 +3,7 @@
 One file for every platform and Python 3.11 or later, with exact pins and no index or address in it. The
 resolver is uv, in an environment of its own that goes away. torch's CUDA packages and Triton are left out:
 which of them fit is a property of the torch build (CPU builds have none), and pip takes them from torch's own
-metadata.
+metadata. Where torch brought no Triton, `make setup` adds the one of the Makefile, for the kernels' tests.
 """
 
 import re
