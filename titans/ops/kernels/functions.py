@@ -46,6 +46,11 @@ def matmul(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def matmul_add(a, b, total, PRECISION: tl.constexpr):
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def products(log_gate, C: tl.constexpr):
     """exp(sum of log_gate over s < j <= t), `[t, s]`, 0 above the diagonal.
 

@@ -38,6 +38,14 @@ class TokenGradients:
     theta: Tensor
     log_decay: Tensor
     log_momentum: Tensor
+    gain: Tensor  # `[H, D]`, of the reads
+    bias: Tensor
+    row_gain: Tensor  # `[rows, H, D]`, of the writes
+    row_bias: Tensor
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
 
 
 class Call:
@@ -55,6 +63,9 @@ class Call:
         gates = [gate.expand(*gate.shape[:-1], self.sets).contiguous() for gate in gates]
         self.theta, self.log_decay = gates[:2]
         self.log_momentum = gates[-1]  # log_decay where there is none: never read
+        device = self.q.device
+        self.gain = torch.ones(self.H, self.D, device=device) if x.norm_weight is None else _fp32(x.norm_weight)
+        self.bias = torch.zeros(self.H, self.D, device=device) if x.norm_bias is None else _fp32(x.norm_bias)
         self.plan: Plan = make_plan(self.B, self.T, self.C, x.position, x.cu_seqlens)
         self.exact = self.q.dtype == torch.float32
         self.precision = "ieee" if self.exact else "tf32"  # of products of fp32 tiles; half ones ignore it
@@ -66,7 +77,9 @@ class Call:
     def grads(self) -> TokenGradients:
         like = (self.q, self.k, self.v, self.theta, self.log_decay)
         momentum = torch.empty_like(self.log_momentum) if self.momentum else self.log_momentum
-        return TokenGradients(*(torch.empty_like(tensor) for tensor in like), momentum)
+        rows = (self.plan.rows, self.H, self.D)
+        affine = [torch.zeros(shape, device=self.q.device) for shape in (rows[1:], rows[1:], rows, rows)]
+        return TokenGradients(*(torch.empty_like(tensor) for tensor in like), momentum, *affine)
 
     def gate_vectors(self, group: tuple[int, int]) -> Tensor:
         """`[sets, cells, H, ROWS, C]`, see `functions.py`."""

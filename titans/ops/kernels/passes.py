@@ -15,6 +15,7 @@ from titans.ops.chunked.group import ChunkedInputs
 from titans.ops.chunked.passes import ChunkedGradients, ChunkedResult
 from titans.ops.kernels.launch import Call
 from titans.ops.kernels.linear_passes import LinearGroup
+from titans.ops.kernels.mlp_passes import MLPGroup
 from titans.ops.kernels.plan import Plan
 
 Tensors = list[Tensor]
@@ -22,11 +23,11 @@ Tensors = list[Tensor]
 SCRATCH_BYTES = 2**29  # of one group: enough work to fill the device at every size that fits it
 
 
-def _group_kind(call: Call):
-    return LinearGroup
+def _group_kind(call: Call) -> type[LinearGroup] | type[MLPGroup]:
+    return LinearGroup if call.spec.depth == 1 else MLPGroup
 
 
-def cells_at_once(call: Call, backward: bool) -> int:
+def cells_at_once(call: Call) -> int:
     """Forward and backward must agree on the groups: the kept states lie at their starts."""
     kind = _group_kind(call)
     return max(1, SCRATCH_BYTES // (kind.bytes_per_cell(call, backward=True) * call.H))
@@ -68,7 +69,7 @@ def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
     first = _to_kernel(_where(x.position == 0, x.weights, x.anchor))
     end = _where(_empty(plan), _to_kernel(x.anchor), first)
     output = torch.empty_like(call.v)
-    groups = plan.groups(cells_at_once(call, keep))
+    groups = plan.groups(cells_at_once(call))
     kept: Tensors = []
     if keep:
         kept = [state.new_empty((len(groups) - 1, *state.shape)) for state in [*weights, *momentum]]
@@ -104,7 +105,7 @@ def backward_pass(
     d_end = [grad.masked_fill(_rows(plan.closes), 0) for grad in d_anchor]
     d_first = [torch.zeros_like(tensor) for tensor in first]
     grad_output = grad_output.to(call.v.dtype).contiguous()
-    groups = plan.groups(cells_at_once(call, True))
+    groups = plan.groups(cells_at_once(call))
     depth = len(x.weights)
     for index in range(len(groups) - 1, -1, -1):
         if index == 0:
@@ -124,6 +125,9 @@ def backward_pass(
     def gate(grad: Tensor, like: Tensor) -> Tensor:
         return grad if like.shape[-1] == grad.shape[-1] else grad.sum(-1, keepdim=True)
 
+    def affine(like: Tensor | None, reads: Tensor, writes: Tensor) -> Tensor | None:
+        return None if like is None else reads + writes.sum(0)
+
     return ChunkedGradients(
         q=grads.q,
         k=grads.k,
@@ -134,6 +138,6 @@ def backward_pass(
         weights=_from_kernel(d_weights),
         momentum=_from_kernel(d_momentum),
         anchor=anchor,
-        norm_weight=None,
-        norm_bias=None,
+        norm_weight=affine(x.norm_weight, grads.gain, grads.row_gain),
+        norm_bias=affine(x.norm_bias, grads.bias, grads.row_bias),
     )

@@ -1,0 +1,494 @@
+"""Kernels of the two-layer memory, backward. Names and tiles as in mlp_forward.py.
+
+    read_backward_2  parallel  the reads again, then back through LN and the second layer's scores
+    read_backward_1  parallel  the rest of the reads: block by block through both layers
+    write_backward   serial    back through the carry and the inner gradient, last chunk first
+    finish           parallel  dK and the gates
+"""
+
+import triton
+import triton.language as tl
+
+from titans.ops.kernels.functions import (
+    BETA,
+    END,
+    FEED,
+    LAST_S,
+    LAST_W,
+    ROWS,
+    THETA,
+    act,
+    act_curvature,
+    act_slope,
+    chunks_of_group,
+    matmul,
+    matmul_add,
+    mixing,
+    normalize,
+    normalize_backward,
+    row_of,
+)
+from titans.ops.kernels.gates import (
+    GRAD_COLUMN,
+    GRAD_ROW,
+    GRAD_ROWS,
+    GRAD_THETA,
+    finish_gate_gradients,
+    read_gate_gradients,
+)
+
+
+@triton.jit
+def mlp_read_backward_2(
+    q, k, grad_y, gain, vectors1, vectors2, table, cell_row, W1_start, S1_start, W2_start, S2_start,
+    Z1_in, G1_in, G2_in, grad_Z2, mixed1_out, mixed2_out, grad_scores2, gate_parts2, grad_gain, grad_bias,
+    num_rows, group_start, stride,
+    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
+    NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cells, H). Stores what the next kernel must load transposed: the gradient of the reads' Z2
+    `[cells, H, C, D]`, both layers' -(A theta o scores) and the gradient of the second's scores
+    `[cells, H, C, C]`."""
+    cell, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(cell_row + group_start + cell)
+    begin, end, first, base, count = row_of(table, row, num_rows)
+    step = (group_start + cell - base) // stride
+    if step >= count:
+        return
+    slots, of_D, of_B = tl.arange(0, C), tl.arange(0, D), tl.arange(0, BF)
+    token = first + step * C + slots
+    real = (token >= begin) & (token < end)
+    at_QD = ((token * H + head) * D)[:, None] + of_D[None, :]
+    at = cell.to(tl.int64) * H + head
+    gates1 = vectors1 + at * ROWS * C
+    gates2 = vectors2 + at * ROWS * C
+    Q_CD = tl.load(q + at_QD, mask=real[:, None], other=0.0)
+    K_CD = tl.load(k + at_QD, mask=real[:, None], other=0.0)
+    dtype = Q_CD.dtype
+    square = at * C * C + slots[:, None] * C + slots[None, :]
+    weights1_CC = mixing(gates1, slots, C, MOMENTUM, EXACT) * tl.load(gates1 + THETA * C + slots)[None, :]
+    mixed1_CC = (-weights1_CC * matmul(Q_CD, tl.trans(K_CD), PRECISION)).to(dtype)
+    tl.store(mixed1_out + square, mixed1_CC)
+    Q_beta = (tl.load(gates1 + BETA * C + slots)[:, None] * Q_CD).to(dtype)
+    beta2 = tl.load(gates2 + BETA * C + slots)
+    if MOMENTUM:
+        Q_feed = (tl.load(gates1 + FEED * C + slots)[:, None] * Q_CD).to(dtype)
+        feed2 = tl.load(gates2 + FEED * C + slots)
+        by_S2_CD = tl.zeros([C, D], tl.float32)
+    scores2_CC = tl.zeros([C, C], tl.float32)
+    Z2_CD = tl.zeros([C, D], tl.float32)
+    for block in range(F // BF):
+        tile = at * D * F + of_D[:, None] * F + block * BF + of_B[None, :]
+        tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
+        Z1 = matmul(Q_beta, tl.load(W1_start + tile), PRECISION)
+        if MOMENTUM:
+            Z1 = matmul_add(Q_feed, tl.load(S1_start + tile), Z1, PRECISION)
+        Z1 = matmul_add(mixed1_CC, tl.load(G1_in + tile_CB), Z1, PRECISION)
+        read_C = act(Z1, ACT)
+        written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT).to(dtype)
+        scores2_CC = matmul_add(read_C.to(dtype), tl.trans(written_C), scores2_CC, PRECISION)
+        Z2_CD = matmul_add((beta2[:, None] * read_C).to(dtype), tl.trans(tl.load(W2_start + tile)), Z2_CD, PRECISION)
+        if MOMENTUM:
+            by_S2_CD = matmul_add(read_C.to(dtype), tl.trans(tl.load(S2_start + tile)), by_S2_CD, PRECISION)
+    if SHARED:
+        weights2_CC = weights1_CC
+    else:
+        weights2_CC = mixing(gates2, slots, C, MOMENTUM, EXACT) * tl.load(gates2 + THETA * C + slots)[None, :]
+    at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
+    G2_CD = tl.load(G2_in + at_CD)
+    mixed2_CC = (-weights2_CC * scores2_CC).to(dtype)
+    tl.store(mixed2_out + square, mixed2_CC)
+    Z2_CD = matmul_add(mixed2_CC, G2_CD, Z2_CD, PRECISION)
+    if MOMENTUM:
+        Z2_CD += feed2[:, None] * by_S2_CD
+    dZ2_CD = tl.load(grad_y + at_QD, mask=real[:, None], other=0.0).to(tl.float32)
+    if NORM:
+        normed, rstd = normalize(Z2_CD, D)
+        tl.store(grad_gain + at * D + of_D, tl.sum(dZ2_CD * normed, 0))
+        tl.store(grad_bias + at * D + of_D, tl.sum(dZ2_CD, 0))
+        dZ2_CD = normalize_backward(tl.load(gain + head * D + of_D)[None, :] * dZ2_CD, normed, rstd, D)
+    low = dZ2_CD.to(dtype)
+    tl.store(grad_Z2 + at_CD, low)
+    products_CC = matmul(low, tl.trans(G2_CD), PRECISION)
+    tl.store(grad_scores2 + square, (-products_CC * weights2_CC).to(dtype))
+    grad_mix_CC = tl.where(slots[:, None] >= slots[None, :], -products_CC * scores2_CC, 0.0)
+    grad_feed = tl.zeros([C], tl.float32)
+    if MOMENTUM:
+        grad_feed = tl.sum(dZ2_CD * by_S2_CD, 1)
+    parts = gate_parts2 + at * GRAD_ROWS * C
+    grad_row = tl.sum(dZ2_CD * Z2_CD, 1)
+    read_gate_gradients(grad_mix_CC, grad_feed, grad_row, gates2, parts, real, C, MOMENTUM, EXACT)
+
+
+@triton.jit
+def mlp_read_backward_1(
+    q, k, grad_y, grad_q, vectors1, vectors2, table, cell_row, W1_start, S1_start, W2_start, S2_start,
+    Z1_in, G1_in, grad_Z2, mixed1_in, mixed2_in, grad_scores2,
+    grad_K_reads, grad_H, grad_G1, grad_G2, grad_W1, grad_S1, grad_W2, grad_S2, gate_parts1,
+    num_rows, group_start, stride,
+    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cells, H). What the reads alone give: grad_q; of the keys (`grad_K_reads [cells, H, D, C]`), of the
+    written hidden rows and G1 `[cells, H, C, F]`, of G2, of the states at the chunk's start and of the gates."""
+    cell, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(cell_row + group_start + cell)
+    begin, end, first, base, count = row_of(table, row, num_rows)
+    step = (group_start + cell - base) // stride
+    if step >= count:
+        return
+    slots, of_D, of_B = tl.arange(0, C), tl.arange(0, D), tl.arange(0, BF)
+    token = first + step * C + slots
+    real = (token >= begin) & (token < end)
+    rows_C = (token * H + head) * D
+    at_QD = rows_C[:, None] + of_D[None, :]
+    at = cell.to(tl.int64) * H + head
+    gates1 = vectors1 + at * ROWS * C
+    gates2 = vectors2 + at * ROWS * C
+    Q_CD = tl.load(q + at_QD, mask=real[:, None], other=0.0)
+    Q_DC = tl.load(q + rows_C[None, :] + of_D[:, None], mask=real[None, :], other=0.0)
+    dtype = Q_CD.dtype
+    square = at * C * C + slots[:, None] * C + slots[None, :]
+    square_T = at * C * C + slots[None, :] * C + slots[:, None]
+    dZ2_CD = tl.load(grad_Z2 + at * C * D + slots[:, None] * D + of_D[None, :])
+    dZ2_DC = tl.load(grad_Z2 + at * C * D + slots[None, :] * D + of_D[:, None])
+    dG2_DC = matmul(dZ2_DC, tl.load(mixed2_in + square), PRECISION)
+    tl.store(grad_G2 + at * C * D + slots[None, :] * D + of_D[:, None], dG2_DC.to(dtype))
+    mixed1_CC = tl.load(mixed1_in + square)
+    mixed1_T = tl.load(mixed1_in + square_T)
+    dscores2_CC = tl.load(grad_scores2 + square)
+    dscores2_T = tl.load(grad_scores2 + square_T)
+    beta1 = tl.load(gates1 + BETA * C + slots)
+    beta2 = tl.load(gates2 + BETA * C + slots)
+    Q_beta = (beta1[:, None] * Q_CD).to(dtype)
+    dZ2_beta = (beta2[:, None] * dZ2_CD).to(dtype)
+    dQ_CD = tl.zeros([C, D], tl.float32)
+    products_CC = tl.zeros([C, C], tl.float32)  # dZ1 G1^T
+    grad_row = tl.zeros([C], tl.float32)
+    grad_feed = tl.zeros([C], tl.float32)
+    if MOMENTUM:
+        feed1 = tl.load(gates1 + FEED * C + slots)
+        feed2 = tl.load(gates2 + FEED * C + slots)
+        dZ2_feed = (feed2[:, None] * dZ2_CD).to(dtype)
+    for block in range(F // BF):
+        tile = at * D * F + of_D[:, None] * F + block * BF + of_B[None, :]
+        tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
+        W1 = tl.load(W1_start + tile)
+        G1 = tl.load(G1_in + tile_CB)
+        Z1 = matmul(Q_beta, W1, PRECISION)
+        Z1 = matmul_add(mixed1_CC, G1, Z1, PRECISION)
+        if MOMENTUM:
+            S1 = tl.load(S1_start + tile)
+            by_S1 = matmul(Q_CD, S1, PRECISION)
+            Z1 += feed1[:, None] * by_S1
+        read_C, slope = act_slope(Z1, ACT)
+        read_low = read_C.to(dtype)
+        written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT).to(dtype)
+        dH = matmul(dZ2_beta, tl.load(W2_start + tile), PRECISION)
+        if MOMENTUM:
+            dH = matmul_add(dZ2_feed, tl.load(S2_start + tile), dH, PRECISION)
+        dH = matmul_add(dscores2_CC, written_C, dH, PRECISION)
+        dZ1 = dH * slope
+        dZ1_low = dZ1.to(dtype)
+        tl.store(grad_H + tile_CB, matmul(dscores2_T, read_low, PRECISION).to(dtype))
+        dW2 = matmul(dZ2_DC, (beta2[:, None] * read_C).to(dtype), PRECISION)
+        tl.store(grad_W2 + tile, dW2.to(dtype))
+        tl.store(grad_G1 + tile_CB, matmul(mixed1_T, dZ1_low, PRECISION).to(dtype))
+        dZ1_beta = (beta1[:, None] * dZ1).to(dtype)
+        tl.store(grad_W1 + tile, matmul(Q_DC, dZ1_beta, PRECISION).to(dtype))
+        dQ_CD = matmul_add(dZ1_beta, tl.trans(W1), dQ_CD, PRECISION)
+        products_CC = matmul_add(dZ1_low, tl.trans(G1), products_CC, PRECISION)
+        grad_row += tl.sum(dZ1 * Z1, 1)
+        if MOMENTUM:
+            dS2 = matmul(dZ2_DC, (feed2[:, None] * read_C).to(dtype), PRECISION)
+            tl.store(grad_S2 + tile, dS2.to(dtype))
+            dZ1_feed = (feed1[:, None] * dZ1).to(dtype)
+            tl.store(grad_S1 + tile, matmul(Q_DC, dZ1_feed, PRECISION).to(dtype))
+            dQ_CD = matmul_add(dZ1_feed, tl.trans(S1), dQ_CD, PRECISION)
+            grad_feed += tl.sum(dZ1 * by_S1, 1)
+    K_CD = tl.load(k + at_QD, mask=real[:, None], other=0.0)
+    weights1_CC = mixing(gates1, slots, C, MOMENTUM, EXACT) * tl.load(gates1 + THETA * C + slots)[None, :]
+    scores1_CC = matmul(Q_CD, tl.trans(K_CD), PRECISION)
+    dscores1_CC = (-products_CC * weights1_CC).to(dtype)
+    dQ_CD = matmul_add(dscores1_CC, K_CD, dQ_CD, PRECISION)
+    if RESIDUAL:
+        dQ_CD += tl.load(grad_y + at_QD, mask=real[:, None], other=0.0).to(tl.float32)
+    tl.store(grad_q + at_QD, dQ_CD.to(grad_q.dtype.element_ty), mask=real[:, None])
+    dK_DC = matmul(Q_DC, dscores1_CC, PRECISION)
+    tl.store(grad_K_reads + at * D * C + of_D[:, None] * C + slots[None, :], dK_DC.to(dtype))
+    grad_mix_CC = tl.where(slots[:, None] >= slots[None, :], -products_CC * scores1_CC, 0.0)
+    parts = gate_parts1 + at * GRAD_ROWS * C
+    read_gate_gradients(grad_mix_CC, grad_feed, grad_row, gates1, parts, real, C, MOMENTUM, EXACT)
+
+
+@triton.jit
+def mlp_write_backward(
+    k, v, gain, bias, vectors1, vectors2, table, dW1_state, dS1_state, dW2_state, dS2_state,
+    grad_first1, grad_first2, grad_end1, grad_end2, W2_start, Z1_in, G2_in, normed_in, rstd_in,
+    grad_H, grad_G1, grad_G2, grad_W1, grad_S1, grad_W2, grad_S2, dW1_end, dS1_end, dW2_end, dS2_end,
+    grad_Z2, grad_v, grad_gain, grad_bias,
+    num_rows, group_start, group_end, stride,
+    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows x H). grad_G1 is completed, grad_H becomes the gradient of the written Z1, `*_end` get the
+    gradients of the state at the chunk's end. grad_gain, grad_bias `[rows, H, D]` fp32 are added to."""
+    RESIDENT: tl.constexpr = BF == F
+    row, head = tl.program_id(0) // H, tl.program_id(0) % H
+    begin, end, first, base, count = row_of(table, row, num_rows)
+    low, high = chunks_of_group(base, count, stride, group_start, group_end)
+    if low >= high:
+        return
+    slots, of_D, of_B = tl.arange(0, C), tl.arange(0, D), tl.arange(0, BF)
+    state = (row.to(tl.int64) * H + head) * D * F
+    anchor_slot = ((group_end - group_start + row).to(tl.int64) * H + head) * D * F
+    dtype = k.dtype.element_ty
+    gain_D = tl.load(gain + head * D + of_D)
+    bias_D = tl.load(bias + head * D + of_D)
+    dgain_D = tl.zeros([D], tl.float32)
+    dbias_D = tl.zeros([D], tl.float32)
+    if RESIDENT:
+        tile = of_D[:, None] * F + of_B[None, :]
+        dW1 = tl.load(dW1_state + state + tile)
+        dW2 = tl.load(dW2_state + state + tile)
+        if MOMENTUM:
+            dS1 = tl.load(dS1_state + state + tile)
+            dS2 = tl.load(dS2_state + state + tile)
+    for back in range(high - low):
+        n = high - 1 - back
+        at = (base + n * stride - group_start) * H + head
+        anchor = tl.where(n == 0, anchor_slot, at * D * F)
+        token = first + n * C + slots
+        real = (token >= begin) & (token < end)
+        rows_C = (token * H + head) * D
+        at_KD = rows_C[:, None] + of_D[None, :]
+        at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
+        at_DC = at * C * D + slots[None, :] * D + of_D[:, None]
+        K_CD = tl.load(k + at_KD, mask=real[:, None], other=0.0)
+        G2_CD = tl.load(G2_in + at_CD)
+        gates1 = vectors1 + at * ROWS * C
+        gates2 = vectors2 + at * ROWS * C
+        theta1 = tl.load(gates1 + THETA * C + slots)
+        theta2 = tl.load(gates2 + THETA * C + slots)
+        of_W1 = -theta1 * tl.load(gates1 + LAST_W * C + slots)
+        of_W2 = -theta2 * tl.load(gates2 + LAST_W * C + slots)
+        K_W = (of_W1[:, None] * K_CD).to(dtype)
+        if MOMENTUM:
+            of_S1 = -theta1 * tl.load(gates1 + LAST_S * C + slots)
+            of_S2 = -theta2 * tl.load(gates2 + LAST_S * C + slots)
+            K_S = (of_S1[:, None] * K_CD).to(dtype)
+        dG2_CD = tl.load(grad_G2 + at_CD).to(tl.float32)
+        if not RESIDENT:
+            tl.debug_barrier()  # the states' gradients were stored by other threads
+        for block in range(F // BF):
+            tile = of_D[:, None] * F + block * BF + of_B[None, :]
+            tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
+            if not RESIDENT:
+                dW1 = tl.load(dW1_state + state + tile)
+                dW2 = tl.load(dW2_state + state + tile)
+                if MOMENTUM:
+                    dS1 = tl.load(dS1_state + state + tile)
+                    dS2 = tl.load(dS2_state + state + tile)
+            W2 = tl.load(W2_start + anchor + tile)
+            written_C, slope = act_slope(tl.load(Z1_in + tile_CB).to(tl.float32), ACT)
+            dG1 = matmul_add(K_W, dW1.to(dtype), tl.load(grad_G1 + tile_CB).to(tl.float32), PRECISION)
+            dG2_CD = matmul_add((of_W2[:, None] * written_C).to(dtype), tl.trans(dW2.to(dtype)), dG2_CD, PRECISION)
+            if MOMENTUM:
+                dG1 = matmul_add(K_S, dS1.to(dtype), dG1, PRECISION)
+                dG2_CD = matmul_add((of_S2[:, None] * written_C).to(dtype), tl.trans(dS2.to(dtype)), dG2_CD, PRECISION)
+            tl.store(grad_G1 + tile_CB, dG1.to(dtype))
+            dG2_CD = matmul_add((dG1 * slope).to(dtype), tl.trans(W2), dG2_CD, PRECISION)
+        if NORM:
+            normed = tl.load(normed_in + at_CD).to(tl.float32)
+            rstd = tl.load(rstd_in + at * C + slots)
+            shifted = bias_D[None, :] - tl.load(v + at_KD, mask=real[:, None], other=0.0).to(tl.float32)
+            if RESIDUAL:
+                shifted += K_CD.to(tl.float32)
+            error = 2.0 * (gain_D[None, :] * normed + shifted)
+            of_normed = gain_D[None, :] * error
+            along = tl.sum(of_normed * normed, 1) / D
+            through = tl.sum(dG2_CD * normed, 1) / D
+            d_of_normed = normalize_backward(dG2_CD, normed, rstd, D)
+            d_error = gain_D[None, :] * d_of_normed
+            inner = normalize_backward(of_normed, normed, rstd, D)
+            d_log_rstd = tl.sum(dG2_CD * inner, 1) / D
+            d_normed = -rstd[:, None] * (dG2_CD * along[:, None] + of_normed * through[:, None])
+            d_normed += 2.0 * gain_D[None, :] * d_error
+            dgain_D += tl.sum(d_of_normed * error + 2.0 * d_error * normed, 0)
+            dbias_D += tl.sum(2.0 * d_error, 0)
+            dZ2_CD = normalize_backward(d_normed, normed, rstd, D) - (d_log_rstd * rstd)[:, None] * normed
+        else:
+            d_error = dG2_CD
+            dZ2_CD = 2.0 * dG2_CD
+        tl.store(grad_v + at_KD, (-2.0 * d_error).to(grad_v.dtype.element_ty), mask=real[:, None])
+        dZ2_low = dZ2_CD.to(dtype)
+        tl.store(grad_Z2 + at_CD, dZ2_low)
+        tl.debug_barrier()
+        dZ2_DC = tl.load(grad_Z2 + at_DC)
+        G2_DC = tl.load(G2_in + at_DC)
+        K_DC = tl.load(k + rows_C[None, :] + of_D[:, None], mask=real[None, :], other=0.0)
+        G2_W = (of_W2[:, None] * G2_CD).to(dtype)
+        if MOMENTUM:
+            G2_S = (of_S2[:, None] * G2_CD).to(dtype)
+        for block in range(F // BF):
+            tile = of_D[:, None] * F + block * BF + of_B[None, :]
+            tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
+            if not RESIDENT:
+                dW1 = tl.load(dW1_state + state + tile)
+                dW2 = tl.load(dW2_state + state + tile)
+                if MOMENTUM:
+                    dS1 = tl.load(dS1_state + state + tile)
+                    dS2 = tl.load(dS2_state + state + tile)
+            W2 = tl.load(W2_start + anchor + tile)
+            dG1 = tl.load(grad_G1 + tile_CB).to(tl.float32)
+            written_C, slope, curvature = act_curvature(tl.load(Z1_in + tile_CB).to(tl.float32), ACT)
+            dW1_low = dW1.to(dtype)
+            dW2_low = dW2.to(dtype)
+            tl.store(dW1_end + at * D * F + tile, dW1_low)
+            tl.store(dW2_end + at * D * F + tile, dW2_low)
+            dH = matmul_add(G2_W, dW2_low, tl.load(grad_H + tile_CB).to(tl.float32), PRECISION)
+            if MOMENTUM:
+                dS1_low = dS1.to(dtype)
+                dS2_low = dS2.to(dtype)
+                tl.store(dS1_end + at * D * F + tile, dS1_low)
+                tl.store(dS2_end + at * D * F + tile, dS2_low)
+                dH = matmul_add(G2_S, dS2_low, dH, PRECISION)
+            dH = matmul_add(dZ2_low, W2, dH, PRECISION)
+            dZ1 = (dG1 * matmul(G2_CD, W2, PRECISION) * curvature + dH * slope).to(dtype)
+            tl.store(grad_H + tile_CB, dZ1)
+            inner1 = matmul(K_DC, dZ1, PRECISION)
+            inner2 = matmul(G2_DC, (dG1 * slope).to(dtype), PRECISION)
+            inner2 = matmul_add(dZ2_DC, written_C.to(dtype), inner2, PRECISION)
+            if MOMENTUM:
+                from_reads = tl.load(grad_S1 + at * D * F + tile).to(tl.float32)
+                dS1 = tl.load(gates1 + END * C + 2) * dS1 + tl.load(gates1 + END * C + 1) * dW1 + from_reads
+                from_reads = tl.load(grad_S2 + at * D * F + tile).to(tl.float32)
+                dS2 = tl.load(gates2 + END * C + 2) * dS2 + tl.load(gates2 + END * C + 1) * dW2 + from_reads
+            dW1 = tl.load(gates1 + END * C) * dW1 + tl.load(grad_W1 + at * D * F + tile).to(tl.float32)
+            dW2 = tl.load(gates2 + END * C) * dW2 + tl.load(grad_W2 + at * D * F + tile).to(tl.float32)
+            if n == 0:
+                tl.store(grad_first1 + state + tile, inner1)
+                tl.store(grad_first2 + state + tile, inner2)
+            else:
+                dW1 += inner1
+                dW2 += inner2
+                if n == count - 1:
+                    dW1 += tl.load(grad_end1 + state + tile)
+                    dW2 += tl.load(grad_end2 + state + tile)
+            if not RESIDENT:
+                tl.store(dW1_state + state + tile, dW1)
+                tl.store(dW2_state + state + tile, dW2)
+                if MOMENTUM:
+                    tl.store(dS1_state + state + tile, dS1)
+                    tl.store(dS2_state + state + tile, dS2)
+    if RESIDENT:
+        tile = of_D[:, None] * F + of_B[None, :]
+        tl.store(dW1_state + state + tile, dW1)
+        tl.store(dW2_state + state + tile, dW2)
+        if MOMENTUM:
+            tl.store(dS1_state + state + tile, dS1)
+            tl.store(dS2_state + state + tile, dS2)
+    if NORM:
+        at_D = (row * H + head) * D + of_D
+        tl.store(grad_gain + at_D, tl.load(grad_gain + at_D) + dgain_D)
+        tl.store(grad_bias + at_D, tl.load(grad_bias + at_D) + dbias_D)
+
+
+@triton.jit
+def mlp_finish(
+    k, grad_k, grad_v, vectors1, vectors2, table, cell_row, W1_start, S1_start, W2_start, S2_start,
+    Z1_in, G1_in, G2_in, grad_K_reads, grad_Z1, dW1_end, dS1_end, dW2_end, dS2_end, gate_parts1, gate_parts2,
+    grad_theta, grad_log_decay, grad_log_momentum,
+    num_rows, group_start, group_end, stride,
+    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cells, H): grad_k and the gradients of the gates `[B, T, H, 1 or 2]` fp32."""
+    cell, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(cell_row + group_start + cell)
+    begin, end, first, base, count = row_of(table, row, num_rows)
+    step = (group_start + cell - base) // stride
+    if step >= count:
+        return
+    slots, of_D, of_B = tl.arange(0, C), tl.arange(0, D), tl.arange(0, BF)
+    token = first + step * C + slots
+    real = (token >= begin) & (token < end)
+    at_KD = ((token * H + head) * D)[:, None] + of_D[None, :]
+    at = cell.to(tl.int64) * H + head
+    anchor_cell = tl.where(step == 0, group_end - group_start + row, cell)
+    anchor = (anchor_cell.to(tl.int64) * H + head) * D * F
+    K_CD = tl.load(k + at_KD, mask=real[:, None], other=0.0).to(tl.float32)
+    G2_CD = tl.load(G2_in + at * C * D + slots[:, None] * D + of_D[None, :])
+    through_Z1 = tl.zeros([C, D], tl.float32)
+    by_W1 = tl.zeros([C, D], tl.float32)
+    by_S1 = tl.zeros([C, D], tl.float32)
+    last_W2 = tl.zeros([C], tl.float32)
+    last_S2 = tl.zeros([C], tl.float32)
+    dW_W1 = 0.0
+    dW_S1 = 0.0
+    dS_S1 = 0.0
+    dW_W2 = 0.0
+    dW_S2 = 0.0
+    dS_S2 = 0.0
+    for block in range(F // BF):
+        column = of_D[:, None] * F + block * BF + of_B[None, :]
+        tile = at * D * F + column
+        tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
+        G1 = tl.load(G1_in + tile_CB)
+        written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT)
+        dW1 = tl.load(dW1_end + tile)
+        dW2 = tl.load(dW2_end + tile)
+        through_Z1 = matmul_add(tl.load(grad_Z1 + tile_CB), tl.trans(tl.load(W1_start + anchor + column)), through_Z1, PRECISION)
+        by_W1 = matmul_add(G1, tl.trans(dW1), by_W1, PRECISION)
+        last_W2 -= tl.sum(written_C * matmul(G2_CD, dW2, PRECISION), 1)
+        dW_W1 += tl.sum(dW1.to(tl.float32) * tl.load(W1_start + tile).to(tl.float32))
+        dW_W2 += tl.sum(dW2.to(tl.float32) * tl.load(W2_start + tile).to(tl.float32))
+        if MOMENTUM:
+            dS1 = tl.load(dS1_end + tile)
+            dS2 = tl.load(dS2_end + tile)
+            S1 = tl.load(S1_start + tile).to(tl.float32)
+            S2 = tl.load(S2_start + tile).to(tl.float32)
+            by_S1 = matmul_add(G1, tl.trans(dS1), by_S1, PRECISION)
+            last_S2 -= tl.sum(written_C * matmul(G2_CD, dS2, PRECISION), 1)
+            dW_S1 += tl.sum(dW1.to(tl.float32) * S1)
+            dS_S1 += tl.sum(dS1.to(tl.float32) * S1)
+            dW_S2 += tl.sum(dW2.to(tl.float32) * S2)
+            dS_S2 += tl.sum(dS2.to(tl.float32) * S2)
+    gates1 = vectors1 + at * ROWS * C
+    gates2 = vectors2 + at * ROWS * C
+    theta1 = tl.load(gates1 + THETA * C + slots)
+    dK_CD = tl.load(grad_K_reads + at * D * C + of_D[None, :] * C + slots[:, None]).to(tl.float32) + through_Z1
+    dK_CD -= (theta1 * tl.load(gates1 + LAST_W * C + slots))[:, None] * by_W1
+    last_W1 = -tl.sum(K_CD * by_W1, 1)
+    last_S1 = tl.zeros([C], tl.float32)
+    if MOMENTUM:
+        dK_CD -= (theta1 * tl.load(gates1 + LAST_S * C + slots))[:, None] * by_S1
+        last_S1 = -tl.sum(K_CD * by_S1, 1)
+    if RESIDUAL:
+        dK_CD -= tl.load(grad_v + at_KD, mask=real[:, None], other=0.0).to(tl.float32)
+    tl.store(grad_k + at_KD, dK_CD.to(grad_k.dtype.element_ty), mask=real[:, None])
+    parts1 = gate_parts1 + at * GRAD_ROWS * C + slots
+    parts2 = gate_parts2 + at * GRAD_ROWS * C + slots
+    theta_part1 = tl.load(parts1 + GRAD_THETA * C)
+    row_part1 = tl.load(parts1 + GRAD_ROW * C)
+    column_part1 = tl.load(parts1 + GRAD_COLUMN * C)
+    theta_part2 = tl.load(parts2 + GRAD_THETA * C)
+    row_part2 = tl.load(parts2 + GRAD_ROW * C)
+    column_part2 = tl.load(parts2 + GRAD_COLUMN * C)
+    last = tl.minimum(end - first - step * C, C) - 1
+    out = token * H + head
+    if SHARED:
+        finish_gate_gradients(
+            theta_part1 + theta_part2, row_part1 + row_part2, column_part1 + column_part2,
+            last_W1 + last_W2, last_S1 + last_S2, dW_W1 + dW_W2, dW_S1 + dW_S2, dS_S1 + dS_S2,
+            gates1, grad_theta, grad_log_decay, grad_log_momentum, out, real, last, C, MOMENTUM,
+        )  # fmt: skip
+    else:
+        finish_gate_gradients(
+            theta_part1, row_part1, column_part1, last_W1, last_S1, dW_W1, dW_S1, dS_S1,
+            gates1, grad_theta, grad_log_decay, grad_log_momentum, out * 2, real, last, C, MOMENTUM,
+        )  # fmt: skip
+        finish_gate_gradients(
+            theta_part2, row_part2, column_part2, last_W2, last_S2, dW_W2, dW_S2, dS_S2,
+            gates2, grad_theta, grad_log_decay, grad_log_momentum, out * 2 + 1, real, last, C, MOMENTUM,
+        )  # fmt: skip

@@ -1,0 +1,171 @@
+"""Launches of the two-layer memory's kernels over one group of cells, with the buffers that they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans.ops.kernels.launch import Call, Launch
+from titans.ops.kernels.mlp_backward import (
+    mlp_finish,
+    mlp_read_backward_1,
+    mlp_read_backward_2,
+    mlp_write_backward,
+)
+from titans.ops.kernels.mlp_forward import mlp_read, mlp_write
+
+Tensors = list[Tensor]
+
+WRITE = Launch(warps=8)
+READ = Launch(warps=8)
+READ_BACKWARD_2 = Launch(warps=8)
+READ_BACKWARD_1 = Launch(warps=8)
+WRITE_BACKWARD = Launch(warps=8)
+FINISH = Launch(warps=8)
+
+
+@dataclass
+class MLPGroup:
+    """Buffers of a group. states: W1, S1, W2, S2 at the chunks' starts (S is W without momentum: never read);
+    Z1, G1, G2, normed, rstd: what the write leaves of the inner gradient."""
+
+    call: Call
+    group: tuple[int, int]
+    vectors: Tensor
+    states: Tensors
+    Z1: Tensor
+    G1: Tensor
+    G2: Tensor
+    normed: Tensor
+    rstd: Tensor
+
+    @staticmethod
+    def bytes_per_cell(call: Call, backward: bool) -> int:
+        """Of the buffers of one head of a cell."""
+        D, C, F = call.D, call.C, call.F
+        states, hidden, narrow, square = (12, 4, 5, 3) if backward else (4, 2, 2, 0)
+        return (states * D * F + hidden * C * F + narrow * C * D + square * C * C) * call.q.element_size()
+
+    @classmethod
+    def allocate(cls, call: Call, group: tuple[int, int]) -> MLPGroup:
+        cells, H, C = group[1] - group[0], call.H, call.C
+        weights = [call.scratch(cells + call.plan.rows, H, call.D, call.F) for _ in range(2)]
+        momentum = weights
+        if call.momentum:
+            momentum = [call.scratch(cells, H, call.D, call.F) for _ in range(2)]
+        return cls(
+            call,
+            group,
+            call.gate_vectors(group),
+            [weights[0], momentum[0], weights[1], momentum[1]],
+            Z1=call.scratch(cells, H, C, call.F),
+            G1=call.scratch(cells, H, C, call.F),
+            G2=call.scratch(cells, H, C, call.D),
+            normed=call.scratch(cells, H, C, call.D),
+            rstd=call.scratch(cells, H, C, dtype=torch.float32),
+        )
+
+    @property
+    def _cells(self) -> int:
+        return self.group[1] - self.group[0]
+
+    @property
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        """Of the first and the second layer: the same where they share their gates."""
+        return self.vectors[0], self.vectors[-1]
+
+    @property
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        return self.call.plan.table, self.call.plan.cell_row
+
+    def _serial(self) -> tuple[int, ...]:
+        plan = self.call.plan
+        return (plan.rows, *self.group, plan.stride)
+
+    def _parallel(self) -> tuple[int, ...]:
+        plan = self.call.plan
+        return (plan.rows, self.group[0], plan.stride)
+
+    def _sizes(self, launch: Launch) -> tuple[Any, ...]:
+        call = self.call
+        return (call.H, call.D, call.F, min(launch.block, call.F), call.C, call.spec.activation)
+
+    def write(self, weights: Tensors, momentum: Tensors, first: Tensors, end: Tensors) -> None:
+        """Moves weights and momentum on to the end of the group, in place."""
+        call = self.call
+        (W1, W2), (S1, S2) = weights, momentum or weights
+        mlp_write[(call.plan.rows * call.H,)](
+            call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table, W1, S1, W2, S2, *first, *end,
+            *self.states, self.Z1, self.G1, self.G2, self.normed, self.rstd, *self._serial(), *self._sizes(WRITE),
+            call.spec.residual, call.spec.norm, call.momentum, call.precision, **WRITE.options,
+        )  # fmt: skip
+
+    def read(self, output: Tensor) -> None:
+        call = self.call
+        mlp_read[(self._cells, call.H)](
+            call.q, call.k, output, call.gain, call.bias, *self._vectors, *self._tables, *self.states,
+            self.Z1, self.G1, self.G2, *self._parallel(), *self._sizes(READ),
+            call.spec.residual, call.spec.norm, call.momentum, call.sets == 1, call.exact, call.precision,
+            **READ.options,
+        )  # fmt: skip
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        grad_weights: Tensors,
+        grad_momentum: Tensors,
+        grad_first: Tensors,
+        grad_end: Tensors,
+    ) -> None:
+        """After `write`: gradients of the tokens go to the call's, those of the state move back in place."""
+        call, grads = self.call, self.call.grads
+        cells, H, D, C = self._cells, call.H, call.D, call.C
+        shared = call.sets == 1
+        parts = call.scratch(2, cells, H, 3, C, dtype=torch.float32)
+        affine = [torch.zeros(cells, H, D, device=call.q.device) for _ in range(2)]
+        grad_Z2 = torch.empty_like(self.G2)
+        mixed1, mixed2, grad_scores2 = (call.scratch(cells, H, C, C) for _ in range(3))
+        mlp_read_backward_2[(cells, H)](
+            call.q, call.k, grad_output, call.gain, *self._vectors, *self._tables, *self.states,
+            self.Z1, self.G1, self.G2, grad_Z2, mixed1, mixed2, grad_scores2, parts[1], *affine,
+            *self._parallel(), *self._sizes(READ_BACKWARD_2),
+            call.spec.norm, call.momentum, shared, call.exact, call.precision, **READ_BACKWARD_2.options,
+        )  # fmt: skip
+        grad_K = call.scratch(cells, H, D, C)
+        grad_H, grad_G1, grad_G2 = torch.empty_like(self.Z1), torch.empty_like(self.G1), torch.empty_like(self.G2)
+        d_states, d_ends = self._state_gradients(), self._state_gradients()
+        mlp_read_backward_1[(cells, H)](
+            call.q, call.k, grad_output, grads.q, *self._vectors, *self._tables, *self.states,
+            self.Z1, self.G1, grad_Z2, mixed1, mixed2, grad_scores2,
+            grad_K, grad_H, grad_G1, grad_G2, *d_states, parts[0],
+            *self._parallel(), *self._sizes(READ_BACKWARD_1),
+            call.spec.residual, call.momentum, call.exact, call.precision, **READ_BACKWARD_1.options,
+        )  # fmt: skip
+        (W1, W2), (S1, S2) = grad_weights, grad_momentum or grad_weights
+        mlp_write_backward[(call.plan.rows * H,)](
+            call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table, W1, S1, W2, S2,
+            *grad_first, *grad_end, self.states[2], self.Z1, self.G2, self.normed, self.rstd,
+            grad_H, grad_G1, grad_G2, *d_states, *d_ends, grad_Z2, grads.v, grads.row_gain, grads.row_bias,
+            *self._serial(), *self._sizes(WRITE_BACKWARD),
+            call.spec.residual, call.spec.norm, call.momentum, call.precision, **WRITE_BACKWARD.options,
+        )  # fmt: skip
+        mlp_finish[(cells, H)](
+            call.k, grads.k, grads.v, *self._vectors, *self._tables, *self.states, self.Z1, self.G1, self.G2,
+            grad_K, grad_H, *d_ends, *parts, grads.theta, grads.log_decay, grads.log_momentum,
+            call.plan.rows, *self.group, call.plan.stride, *self._sizes(FINISH),
+            call.spec.residual, call.momentum, shared, call.precision, **FINISH.options,
+        )  # fmt: skip
+        if call.spec.norm:
+            grads.gain += affine[0].sum(0)
+            grads.bias += affine[1].sum(0)
+
+    def _state_gradients(self) -> Tensors:
+        """Like `states`: W1, S1, W2, S2."""
+        shape = (self._cells, self.call.H, self.call.D, self.call.F)
+        W1, W2 = self.call.scratch(*shape), self.call.scratch(*shape)
+        if not self.call.momentum:
+            return [W1, W1, W2, W2]
+        return [W1, self.call.scratch(*shape), W2, self.call.scratch(*shape)]
