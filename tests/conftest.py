@@ -20,7 +20,7 @@ from hypothesis import settings
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)
-# Without a GPU the kernels run in Triton's interpreter, which @triton.jit asks for when a kernel's module is imported.
+# Without a GPU the kernels run in Triton's interpreter; @triton.jit asks when a kernel's module is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
