@@ -27,11 +27,9 @@ from torch import Tensor
 from titans.ops.api import MemoryOutput
 from titans.ops.kernels.functions import act, act_slope, normalize, normalize_backward
 from titans.ops.kernels.launch import Launch
+from titans.ops.kernels.support import CHUNKS, unsupported
 from titans.ops.spec import MemorySpec, MemoryState
 from titans.ops.validation import check_memory_inputs
-
-WIDTHS = (16, 32, 64, 128)
-EXPANSIONS = (1, 2, 4)
 
 MLP = Launch(warps=8, block=32)  # block: hidden units of a program
 LINEAR = Launch(warps=4, block=16)  # block: value columns of a program
@@ -64,12 +62,15 @@ def sum_parts(parts, D: tl.constexpr, SLICES: tl.constexpr):
 
 
 @triton.jit
-def apply_affine(normed, norm_weight, norm_bias, row, D: tl.constexpr):
+def load_affine(norm_weight, norm_bias, head, D: tl.constexpr):
+    """Gain and bias of the norm, `[1, D]`; None is 1 and 0."""
+    gain_1D = tl.full([1, D], 1.0, tl.float32)
     if norm_weight is not None:
-        normed *= load_row(norm_weight, row, D)
+        gain_1D = load_row(norm_weight, head, D)
+    bias_1D = tl.zeros([1, D], tl.float32)
     if norm_bias is not None:
-        normed += load_row(norm_bias, row, D)
-    return normed
+        bias_1D = load_row(norm_bias, head, D)
+    return gain_1D, bias_1D
 
 
 @triton.jit
@@ -124,30 +125,37 @@ def mlp_step_write(
     target_1D = load_row(v, head, D)
     if RESIDUAL:
         target_1D -= k_1D
-    if EARLY:
+    theta1, theta2 = load_gate(theta, head, 0, THETA_SETS), load_gate(theta, head, 1, THETA_SETS)
+    keep1 = tl.exp(load_gate(log_decay, head, 0, DECAY_SETS))
+    keep2 = tl.exp(load_gate(log_decay, head, 1, DECAY_SETS))
+    if log_momentum is not None:
+        eta1 = tl.exp(load_gate(log_momentum, head, 0, MOMENTUM_SETS))
+        eta2 = tl.exp(load_gate(log_momentum, head, 1, MOMENTUM_SETS))
+    if NORM:
+        gain_1D, bias_1D = load_affine(norm_weight, norm_bias, head % H, D)
+    if EARLY:  # from here on what mlp_step_anchor wrote
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
     scratch += head * (F + 2 * (F // BF) * D)
-    read_1D = sum_parts(scratch + F, D, F // BF)
+    z1 = tl.load(scratch + of_F)
+    z2_1D = sum_parts(scratch + F, D, F // BF)
     if NORM:
-        normed_1D, rstd = normalize(read_1D, D)
-        read_1D = apply_affine(normed_1D, norm_weight, norm_bias, head % H, D)
-    G2_1D = 2.0 * (read_1D - target_1D)
-    if NORM:
-        if norm_weight is not None:
-            G2_1D *= load_row(norm_weight, head % H, D)
-        G2_1D = normalize_backward(G2_1D, normed_1D, rstd, D)
-    h, slope = act_slope(tl.load(scratch + of_F), ACTIVATION)
+        normed_1D, rstd = normalize(z2_1D, D)
+        error_1D = normed_1D * gain_1D + bias_1D - target_1D
+        G2_1D = normalize_backward(2.0 * error_1D * gain_1D, normed_1D, rstd, D)
+    else:
+        G2_1D = 2.0 * (z2_1D - target_1D)
+    h, slope = act_slope(z1, ACTIVATION)
     G1 = tl.sum(G2_1D * A2_FD, 1) * slope
 
-    new_S1_DF = (-load_gate(theta, head, 0, THETA_SETS) * k_D1) * G1[None, :]
-    new_S2_FD = (-load_gate(theta, head, 1, THETA_SETS) * h)[:, None] * G2_1D
+    new_S1_DF = (-theta1 * k_D1) * G1[None, :]
+    new_S2_FD = (-theta2 * h)[:, None] * G2_1D
     if log_momentum is not None:
-        new_S1_DF += tl.exp(load_gate(log_momentum, head, 0, MOMENTUM_SETS)) * S1_DF
-        new_S2_FD += tl.exp(load_gate(log_momentum, head, 1, MOMENTUM_SETS)) * S2_FD
-    new_W1_DF = tl.exp(load_gate(log_decay, head, 0, DECAY_SETS)) * W1_DF + new_S1_DF
-    new_W2_FD = tl.exp(load_gate(log_decay, head, 1, DECAY_SETS)) * W2_FD + new_S2_FD
+        new_S1_DF += eta1 * S1_DF
+        new_S2_FD += eta2 * S2_FD
+    new_W1_DF = keep1 * W1_DF + new_S1_DF
+    new_W2_FD = keep2 * W2_FD + new_S2_FD
 
     if at == 0:
         tl.store(anchor1 + tile_DF, W1_DF)
@@ -174,18 +182,21 @@ def mlp_step_finish(
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (B x H)."""
+    head = tl.program_id(0).to(tl.int64)
+    if NORM:
+        gain_1D, bias_1D = load_affine(norm_weight, norm_bias, head % H, D)
+    q_1D = load_row(q, head, D)
+    at = tl.load(position + head // H)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    head = tl.program_id(0).to(tl.int64)
     y_1D = sum_parts(scratch + head * (F + 2 * (F // BF) * D) + F + (F // BF) * D, D, F // BF)
     if NORM:
-        y_1D, _ = normalize(y_1D, D)
-        y_1D = apply_affine(y_1D, norm_weight, norm_bias, head % H, D)
+        normed_1D, _ = normalize(y_1D, D)
+        y_1D = normed_1D * gain_1D + bias_1D
     if RESIDUAL:
-        y_1D += load_row(q, head, D)
+        y_1D += q_1D
     tl.store(y + head * D + tl.arange(0, D)[None, :], y_1D.to(y.dtype.element_ty))
     if head % H == 0:
-        at = tl.load(position + head // H)
         tl.store(position + head // H, (at + 1) % chunk_size)
 
 
@@ -402,15 +413,9 @@ def _check_step(
     """What the step asks beyond `check_memory_inputs`."""
     if q.shape[1] != 1:
         raise ValueError(f"q must hold one token, [B, 1, H, D], got T = {q.shape[1]}")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q must be float16, bfloat16 or float32 for the step kernel, got {q.dtype}")
-    if spec.dim not in WIDTHS or spec.depth > 2 or (spec.depth == 2 and spec.expansion not in EXPANSIONS):
-        raise ValueError(
-            f"spec must have dim in {WIDTHS}, depth 1 or 2 and expansion in {EXPANSIONS} "
-            f"for the step kernel, got {spec}"
-        )
-    if spec.depth == 1 and spec.norm:
-        raise ValueError(f"spec must have no norm at depth 1 for the step kernel, got {spec}")
+    reason = unsupported(q.device, q.dtype, spec, CHUNKS[0], False)  # here any chunk size will do
+    if reason is not None:
+        raise ValueError(f"the step kernel {reason}")
     if torch.is_grad_enabled():
         named = {"q": q, "k": k, "v": v, "theta": theta, "log_decay": log_decay, "log_momentum": log_momentum}
         named |= {"norm_weight": norm_weight, "norm_bias": norm_bias}
