@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from titans.ops import MemorySpec
-from titans.ops.chunked import grid, group, op
+from titans.ops import MemorySpec, operator
+from titans.ops.chunked import OPERATOR, grid, group
 from titans.ops.chunked.group import ChunkedInputs
 from titans.testing import assert_agreement, evaluate, random_inputs
 
@@ -69,15 +69,15 @@ def test_no_value_is_read_from_the_device():
 def arguments_of_the_operators(inputs, needs_grad):
     """What the two operators are called with in one forward and, when needed, backward."""
     caught = {}
+    functions = {"forward": OPERATOR._run_forward, "backward": OPERATOR._run_backward}
+    run = operator.call
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("chunked_forward", "chunked_backward"):
-            operator = getattr(op, name.replace("chunked", ""))
 
-            def record(*arguments, name=name, operator=operator):
-                caught[getattr(op, name)] = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
-                return operator(*arguments)
+        def record(name, direction, *arguments):
+            caught[functions[direction]] = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+            return run(name, direction, *arguments)
 
-            patch.setattr(op, name.replace("chunked", ""), record)
+        patch.setattr(operator, "call", record)
         q = inputs.q.detach().requires_grad_(needs_grad)
         output = replace(inputs, q=q).run("chunked").output
         if needs_grad:

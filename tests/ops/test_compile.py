@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-import titans.ops.chunked.op as op
-from titans.ops import MemorySpec
+from titans.ops import MemorySpec, operator
 from titans.testing import assert_agreement, random_inputs
 from titans.testing.comparison import named_results, random_cotangents
 
@@ -35,34 +34,27 @@ def inputs_of(call):
     return random_inputs(spec, chunk_size=4, **options)
 
 
-class Recorder:
-    """Stands in the place of a registered operator and remembers what it was called with."""
-
-    def __init__(self, operator):
-        self.operator = operator
-        self.arguments = None
-
-    def __call__(self, *arguments):
-        # The operators sit below autograd: `opcheck` would ask for a formula if one needed a gradient.
-        self.arguments = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
-        return self.operator(*arguments)
-
-
 @calls
 @pytest.mark.parametrize("needs_grad", [True, False], ids=["keeping", "streaming"])
 def test_opcheck(call, needs_grad, monkeypatch):
     """Schema, fakes (shapes, dtypes and strides) and functionalisation, on the arguments that really come."""
-    forward, backward = Recorder(op._forward), Recorder(op._backward)
-    monkeypatch.setattr(op, "_forward", forward)
-    monkeypatch.setattr(op, "_backward", backward)
+    caught = {}
+    run = operator.call
+
+    def record(name, direction, *arguments):
+        # The operators sit below autograd: `opcheck` would ask for a formula if one needed a gradient.
+        caught[direction] = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+        return run(name, direction, *arguments)
+
+    monkeypatch.setattr(operator, "call", record)
     inputs = inputs_of(call)
     q = inputs.q.detach().requires_grad_(needs_grad)
     output = replace(inputs, q=q).run("chunked").output
-    torch.library.opcheck(torch.ops.titans.chunked_forward.default, forward.arguments)
+    torch.library.opcheck(torch.ops.titans.chunked_forward.default, caught["forward"])
     assert output.requires_grad == needs_grad
     if needs_grad:
         output.square().sum().backward()
-        torch.library.opcheck(torch.ops.titans.chunked_backward.default, backward.arguments)
+        torch.library.opcheck(torch.ops.titans.chunked_backward.default, caught["backward"])
 
 
 def compiled_and_eager(inputs, function):

@@ -6,19 +6,21 @@
     M_t = exp(log_decay_t)    M_{t-1} + S_t
     y_t = M_t(q_t)
 
-Paper sec. 3.1 and 3.2 (Eq. 8 to 18). `reference.py` is this recurrence, `chunked/` its parallel form.
+Paper sec. 3.1 and 3.2 (Eq. 8 to 18). `reference.py` is this recurrence, `chunked/` its parallel form,
+`kernels/` that form on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titans.ops.chunked import chunked
 from titans.ops.network import apply_memory
+from titans.ops.kernels.support import unsupported
 from titans.ops.reference import reference
 from titans.ops.spec import MemorySpec, MemoryState
 from titans.ops.validation import (
@@ -31,9 +33,17 @@ from titans.ops.validation import (
 
 Implementation = Literal["auto", "reference", "chunked", "triton"]
 
+
+def _fused(*arguments: Any) -> tuple[Tensor, MemoryState]:
+    from titans.ops.kernels import fused  # here: the rest of the library runs where Triton is not installed
+
+    return fused(*arguments)
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, MemoryState]]] = {
     "reference": reference,
     "chunked": chunked,
+    "triton": _fused,
 }
 
 
@@ -44,16 +54,35 @@ class MemoryOutput(NamedTuple):
     state: MemoryState
 
 
-def resolve_implementation(impl: str) -> str:
-    """The implementation that `impl` stands for here; an explicit one never falls back silently."""
+def resolve_implementation(
+    impl: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    spec: MemorySpec | None = None,
+    chunk_size: int = 16,
+    channelwise: bool = False,
+) -> str:
+    """The implementation that `impl` stands for; an explicit one never falls back silently.
+
+    "auto" is "triton" for half-precision tensors on a CUDA device where its kernels cover the call (see
+    `kernels/support.py`), otherwise "chunked".
+    """
     if impl == "auto":
-        return "chunked"
-    if impl in _IMPLEMENTATIONS:
-        return impl
-    available = ["auto", *_IMPLEMENTATIONS]
-    if impl == "triton":
-        raise ValueError(f"impl='triton' is not part of this version of titans; available: {available}")
-    raise ValueError(f"impl must be one of {available}, got {impl!r}")
+        if (
+            device is None
+            or device.type != "cuda"
+            or spec is None
+            or dtype not in (torch.bfloat16, torch.float16)
+        ):
+            return "chunked"
+        return "chunked" if unsupported(device, dtype, spec, chunk_size, channelwise) else "triton"
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {['auto', *_IMPLEMENTATIONS]}, got {impl!r}")
+    if impl == "triton" and device is not None and spec is not None:
+        reason = unsupported(device, dtype, spec, chunk_size, channelwise)
+        if reason is not None:
+            raise ValueError(f"impl='triton' {reason}")
+    return impl
 
 
 def neural_memory(
@@ -86,12 +115,14 @@ def neural_memory(
         chunk_size: tokens whose inner gradients share one anchor. Part of the model, not a speed knob.
         cu_seqlens: int32 `[N + 1]`, packed documents (B = 1); the state then has N rows, no information
             crosses documents and an empty document passes its state through.
-        impl: "reference" (token loop), "chunked" (dual form in PyTorch) or "auto". An explicit choice
-            never falls back to another.
+        impl: "reference" (token loop), "chunked" (dual form in PyTorch), "triton" (fused kernels on a CUDA
+            device: bf16 and fp16 inputs are multiplied as they are, sums and state are float32) or "auto"
+            (`resolve_implementation`). An explicit choice never falls back to another.
 
     Returns:
         `MemoryOutput(output [B, T, H, D] in the dtype of v, state)`. Differentiable with respect to
-        every tensor argument and through the state; arithmetic is float32 (float64 for float64 inputs).
+        every tensor argument and through the state; arithmetic is float32 (float64 for float64 inputs),
+        but see impl="triton".
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names it.
@@ -99,8 +130,12 @@ def neural_memory(
     check_memory_inputs(
         q, k, v, theta, log_decay, log_momentum, state, spec, norm_weight, norm_bias, chunk_size, cu_seqlens
     )
-    run = _IMPLEMENTATIONS[resolve_implementation(impl)]
+    channelwise = isinstance(log_decay, tuple)
+    name = resolve_implementation(impl, q.device, q.dtype, spec, chunk_size, channelwise)
+    run = _IMPLEMENTATIONS[name]
     dtype = compute_dtype(q)
+    # The kernels multiply in the dtype of the inputs and add up in float32.
+    of_tokens = q.dtype if name == "triton" else dtype
 
     def cast(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(dtype)
@@ -108,9 +143,9 @@ def neural_memory(
     # Explicit casts do not stop autocast from choosing low-precision products, so it is switched off.
     with torch.autocast(q.device.type, enabled=False):
         output, new_state = run(
-            q.to(dtype),
-            k.to(dtype),
-            v.to(dtype),
+            q.to(of_tokens),
+            k.to(of_tokens),
+            v.to(of_tokens),
             theta.to(dtype),
             tuple(gate.to(dtype) for gate in log_decay)
             if isinstance(log_decay, tuple)

@@ -15,7 +15,9 @@ LAST_S = tl.constexpr(3)  # the same for S
 THETA = tl.constexpr(4)
 LOG_DECAY = tl.constexpr(5)
 LOG_MOMENTUM = tl.constexpr(6)
-END = tl.constexpr(7)  # its first three entries: BETA, FEED and the weight of S in S at the chunk's last token
+END = tl.constexpr(
+    7
+)  # its first three entries: BETA, FEED and the weight of S in S at the chunk's last token
 ROWS = tl.constexpr(8)
 
 NORM_EPS = tl.constexpr(1e-6)
@@ -51,23 +53,32 @@ def matmul_add(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def products(log_gate, C: tl.constexpr):
+def products(log_gate, C: tl.constexpr, EXACT: tl.constexpr):
     """exp(sum of log_gate over s < j <= t), `[t, s]`, 0 above the diagonal.
 
-    Summed for every s on its own: differences of one running sum lose digits and make NaN of -inf.
+    EXACT sums for every s on its own. Differences of one running sum cost a fourth of the time in `gate_vectors`
+    and are good to 6e-8 of the sum; -inf is taken as -100 (exp: 4e-44), or it would make NaN.
     """
     t = tl.arange(0, C)[:, None]
     s = tl.arange(0, C)[None, :]
-    total = tl.cumsum(tl.where(t > s, log_gate[:, None], 0.0), 0)
+    if EXACT:
+        total = tl.cumsum(tl.where(t > s, log_gate[:, None], 0.0), 0)
+    else:
+        running = tl.cumsum(tl.maximum(log_gate, -100.0), 0)
+        total = running[:, None] - running[None, :]
     return tl.where(t >= s, tl.exp(total), 0.0)
 
 
 @triton.jit
-def products_transposed(log_gate, C: tl.constexpr):
+def products_transposed(log_gate, C: tl.constexpr, EXACT: tl.constexpr):
     """The same as `[s, t]`."""
     s = tl.arange(0, C)[:, None]
     t = tl.arange(0, C)[None, :]
-    total = tl.cumsum(tl.where(t > s, log_gate[None, :], 0.0), 1)
+    if EXACT:
+        total = tl.cumsum(tl.where(t > s, log_gate[None, :], 0.0), 1)
+    else:
+        running = tl.cumsum(tl.maximum(log_gate, -100.0), 0)
+        total = running[None, :] - running[:, None]
     return tl.where(t >= s, tl.exp(total), 0.0)
 
 
@@ -82,9 +93,9 @@ def compose(decay_CC, momentum_CC, EXACT: tl.constexpr):
 @triton.jit
 def mixing(vectors, slots, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr):
     """Weight of the gradient of token i in W_t, without theta: `[t, i]`."""
-    decay_CC = products(tl.load(vectors + LOG_DECAY * C + slots), C)
+    decay_CC = products(tl.load(vectors + LOG_DECAY * C + slots), C, EXACT)
     if MOMENTUM:
-        momentum_CC = products(tl.load(vectors + LOG_MOMENTUM * C + slots), C)
+        momentum_CC = products(tl.load(vectors + LOG_MOMENTUM * C + slots), C, EXACT)
         return compose(decay_CC, momentum_CC, EXACT)
     return decay_CC
 

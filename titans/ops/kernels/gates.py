@@ -38,7 +38,8 @@ GRAD_ROWS = tl.constexpr(3)
 @triton.jit
 def gate_vectors(
     theta, log_decay, log_momentum, vectors, table, cell_row,
-    num_rows, group_start, stride, H: tl.constexpr, SETS: tl.constexpr, C: tl.constexpr, MOMENTUM: tl.constexpr,
+    num_rows, group_start, stride,
+    H: tl.constexpr, SETS: tl.constexpr, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid (cells, H, SETS). Gates `[B, T, H, SETS]` fp32 -> vectors `[SETS, cells, H, ROWS, C]`."""
     cell, head, gate_set = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -53,7 +54,7 @@ def gate_vectors(
     at = (token * H + head) * SETS + gate_set
     step_size = tl.load(theta + at, mask=real, other=0.0)
     log_a = tl.load(log_decay + at, mask=real, other=0.0)
-    decay_CC = products(log_a, C)
+    decay_CC = products(log_a, C, EXACT)
     last = tl.minimum(end - first - step * C, C) - 1
     is_last = slots == last
     beta = tl.exp(tl.cumsum(log_a, 0))
@@ -62,7 +63,7 @@ def gate_vectors(
     ends = tl.where(slots == 0, tl.sum(tl.where(is_last, beta, 0.0), 0), 0.0)
     if MOMENTUM:
         log_e = tl.load(log_momentum + at, mask=real, other=0.0)
-        momentum_CC = products(log_e, C)
+        momentum_CC = products(log_e, C, EXACT)
         hold = tl.where(real, tl.exp(tl.cumsum(log_e, 0)), 0.0)
         feed = tl.sum(decay_CC * hold[None, :], 1)
         last_momentum = tl.sum(tl.where(is_last[:, None], momentum_CC, 0.0), 0)
@@ -89,10 +90,10 @@ def read_gate_gradients(
     grad_row `<gradient of the read at t, what it read>`."""
     slots = tl.arange(0, C)
     theta = tl.load(vectors + THETA * C + slots)
-    decay_CC = products(tl.load(vectors + LOG_DECAY * C + slots), C)
+    decay_CC = products(tl.load(vectors + LOG_DECAY * C + slots), C, EXACT)
     if MOMENTUM:
         log_e = tl.load(vectors + LOG_MOMENTUM * C + slots)
-        mix_CC = compose(decay_CC, products(log_e, C), EXACT)
+        mix_CC = compose(decay_CC, products(log_e, C, EXACT), EXACT)
     else:
         mix_CC = decay_CC
     tl.store(out + GRAD_THETA * C + slots, tl.sum(grad_mix_CC * mix_CC, 0))
@@ -102,9 +103,9 @@ def read_gate_gradients(
         hold = tl.where(real, tl.exp(tl.cumsum(log_e, 0)), 0.0)
         # fp32 or tf32: log eta's gradient is a difference of two large sums.
         if EXACT:
-            grad_CC = tl.dot(grad_CC, products_transposed(log_e, C), input_precision="ieee")
+            grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="ieee")
         else:
-            grad_CC = tl.dot(grad_CC, products_transposed(log_e, C), input_precision="tf32")
+            grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="tf32")
         grad_CC += grad_feed[:, None] * hold[None, :]
     tl.store(out + GRAD_COLUMN * C + slots, tl.sum(decay_CC * grad_CC, 0))
 
@@ -112,7 +113,8 @@ def read_gate_gradients(
 @triton.jit
 def finish_gate_gradients(
     grad_theta, grad_row, grad_column, grad_last_W, grad_last_S, grad_beta, grad_feed, grad_hold,
-    vectors, theta_out, decay_out, momentum_out, at, real, last, C: tl.constexpr, MOMENTUM: tl.constexpr,
+    vectors, theta_out, decay_out, momentum_out, at, real, last,
+    C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Adds the carry's share (its gates are those of the chunk's last token) and stores the gradients of theta,
     log_decay and log_momentum at `at`. grad_last_W and grad_last_S include theta: they are gradients of
@@ -123,7 +125,7 @@ def finish_gate_gradients(
     last_W = tl.load(vectors + LAST_W * C + slots)
     beta_end = tl.load(vectors + END * C)
     is_last = slots == last
-    decay_CC = products(log_a, C)
+    decay_CC = products(log_a, C, EXACT)
     last_decay = tl.sum(tl.where(is_last[:, None], decay_CC, 0.0), 0)
     grad_theta += grad_last_W * last_W
     grad_A = grad_last_W * theta
@@ -134,7 +136,7 @@ def finish_gate_gradients(
         feed_end = tl.load(vectors + END * C + 1)
         hold_end = tl.load(vectors + END * C + 2)
         hold = tl.where(real, tl.exp(tl.cumsum(log_e, 0)), 0.0)
-        momentum_CC = products(log_e, C)
+        momentum_CC = products(log_e, C, EXACT)
         grad_theta += grad_last_S * last_S
         at_end += feed_end * grad_feed
         grad_column += last_decay * (tl.sum(momentum_CC * grad_A[None, :], 1) + grad_feed * hold)

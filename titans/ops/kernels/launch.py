@@ -64,7 +64,9 @@ class Call:
         self.theta, self.log_decay = gates[:2]
         self.log_momentum = gates[-1]  # log_decay where there is none: never read
         device = self.q.device
-        self.gain = torch.ones(self.H, self.D, device=device) if x.norm_weight is None else _fp32(x.norm_weight)
+        self.gain = (
+            torch.ones(self.H, self.D, device=device) if x.norm_weight is None else _fp32(x.norm_weight)
+        )
         self.bias = torch.zeros(self.H, self.D, device=device) if x.norm_bias is None else _fp32(x.norm_bias)
         self.plan: Plan = make_plan(self.B, self.T, self.C, x.position, x.cu_seqlens)
         self.exact = self.q.dtype == torch.float32
@@ -87,6 +89,7 @@ class Call:
         vectors = self.scratch(self.sets, cells, self.H, ROWS.value, self.C, dtype=torch.float32)
         gate_vectors[(cells, self.H, self.sets)](
             self.theta, self.log_decay, self.log_momentum, vectors, plan.table, plan.cell_row,
-            plan.rows, group[0], plan.stride, self.H, self.sets, self.C, self.momentum, num_warps=4,
+            plan.rows, group[0], plan.stride, self.H, self.sets, self.C, self.momentum, self.exact,
+            num_warps=4,
         )  # fmt: skip
         return vectors

@@ -77,7 +77,9 @@ def linear_write(
         K_DC = tl.load(k + rows_C[None, :] + of_D[:, None], mask=real[None, :], other=0.0)
         target = tl.load(v + rows_C[:, None] + columns[None, :], mask=real[:, None], other=0.0).to(tl.float32)
         if RESIDUAL:
-            target -= tl.load(k + rows_C[:, None] + columns[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+            target -= tl.load(k + rows_C[:, None] + columns[None, :], mask=real[:, None], other=0.0).to(
+                tl.float32
+            )
         gates = vectors + at * ROWS * C
         theta = tl.load(gates + THETA * C + slots)
         G_CV = (2.0 * (matmul(K_CD, anchor_DV, PRECISION) - target)).to(dtype)
@@ -123,7 +125,9 @@ def linear_read(
     tile_DV = of_D[:, None] * D + columns[None, :]
     W_DV = tl.load(W_start + at * D * D + tile_DV)
     theta = tl.load(gates + THETA * C + slots)
-    mixed_CC = mixing(gates, slots, C, MOMENTUM, EXACT) * theta[None, :] * matmul(Q_CD, tl.trans(K_CD), PRECISION)
+    mixed_CC = (
+        mixing(gates, slots, C, MOMENTUM, EXACT) * theta[None, :] * matmul(Q_CD, tl.trans(K_CD), PRECISION)
+    )
     G_CV = tl.load(G_in + at * C * D + slots[:, None] * D + columns[None, :])
     Y_CV = tl.load(gates + BETA * C + slots)[:, None] * matmul(Q_CD, W_DV, PRECISION)
     if MOMENTUM:
@@ -257,10 +261,16 @@ def linear_write_backward(
             dG_CV -= of_S[:, None] * matmul(K_CD, dS_DV.to(dtype), PRECISION)
             S_from_reads_DV = tl.load(grad_S + at * D * D + tile_DV).to(tl.float32)
             tl.store(grad_S_end + at * D * D + tile_DV, dS_DV.to(dtype))
-            dS_DV = tl.load(gates + END * C + 2) * dS_DV + tl.load(gates + END * C + 1) * dW_DV + S_from_reads_DV
+            dS_DV = (
+                tl.load(gates + END * C + 2) * dS_DV + tl.load(gates + END * C + 1) * dW_DV + S_from_reads_DV
+            )
         dG_low = dG_CV.to(dtype)
         tl.store(grad_G + at_CV, dG_low)
-        tl.store(grad_v + rows_C[:, None] + columns[None, :], (-2.0 * dG_CV).to(grad_v.dtype.element_ty), mask=real[:, None])
+        tl.store(
+            grad_v + rows_C[:, None] + columns[None, :],
+            (-2.0 * dG_CV).to(grad_v.dtype.element_ty),
+            mask=real[:, None],
+        )
         dW_DV = tl.load(gates + END * C) * dW_DV + from_reads_DV
         d_anchor_DV = 2.0 * matmul(K_DC, dG_low, PRECISION)
         if n == 0:
@@ -280,7 +290,7 @@ def linear_finish(
     grad_theta, grad_log_decay, grad_log_momentum,
     num_rows, group_start, group_end, stride,
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cells, H): completes grad_k and the gradients of the gates `[B, T, H]` fp32."""
     cell, head = tl.program_id(0), tl.program_id(1)
@@ -311,7 +321,9 @@ def linear_finish(
         at_CV = at * C * D + slots[:, None] * D + columns[None, :]
         tile_DV = of_D[:, None] * D + columns[None, :]
         G_CV = tl.load(G_in + at_CV)
-        through_G += matmul(tl.load(grad_G + at_CV), tl.trans(tl.load(W_start + anchor_at * D * D + tile_DV)), PRECISION)
+        through_G += matmul(
+            tl.load(grad_G + at_CV), tl.trans(tl.load(W_start + anchor_at * D * D + tile_DV)), PRECISION
+        )
         dW_DV = tl.load(grad_W_end + at * D * D + tile_DV)
         by_W_CD += matmul(G_CV, tl.trans(dW_DV), PRECISION)
         dW_W += tl.sum(dW_DV.to(tl.float32) * tl.load(W_start + at * D * D + tile_DV).to(tl.float32))
@@ -336,5 +348,5 @@ def linear_finish(
         tl.load(parts + GRAD_THETA * C + slots), tl.load(parts + GRAD_ROW * C + slots),
         tl.load(parts + GRAD_COLUMN * C + slots), grad_last_W, grad_last_S, dW_W, dW_S, dS_S,
         gates, grad_theta, grad_log_decay, grad_log_momentum, token * H + head, real,
-        tl.minimum(end - first - step * C, C) - 1, C, MOMENTUM,
+        tl.minimum(end - first - step * C, C) - 1, C, MOMENTUM, EXACT,
     )  # fmt: skip

@@ -46,12 +46,16 @@ class LinearGroup:
         cells, D = group[1] - group[0], call.D
         W_start = call.scratch(cells + call.plan.rows, call.H, D, D)
         S_start = call.scratch(cells, call.H, D, D) if call.momentum else W_start
-        return cls(call, group, call.gate_vectors(group), W_start, S_start, call.scratch(cells, call.H, call.C, D))
+        return cls(
+            call, group, call.gate_vectors(group), W_start, S_start, call.scratch(cells, call.H, call.C, D)
+        )
 
     def _row_tables(self) -> tuple[Tensor, Tensor]:
         return self.call.plan.table, self.call.plan.cell_row
 
-    def write(self, weights: list[Tensor], momentum: list[Tensor], first: list[Tensor], end: list[Tensor]) -> None:
+    def write(
+        self, weights: list[Tensor], momentum: list[Tensor], first: list[Tensor], end: list[Tensor]
+    ) -> None:
         """Moves weights and momentum on to the end of the group, in place."""
         call, plan = self.call, self.call.plan
         block = min(WRITE.block, call.D)
@@ -110,5 +114,5 @@ class LinearGroup:
             call.k, grads.k, self.vectors, *self._row_tables(), self.W_start, self.S_start, self.G, grad_G,
             W_end, S_end, parts, grads.theta, grads.log_decay, grads.log_momentum,
             plan.rows, *self.group, plan.stride, *sizes, block, C,
-            call.spec.residual, call.momentum, call.precision, **FINISH.options,
+            call.spec.residual, call.momentum, call.exact, call.precision, **FINISH.options,
         )  # fmt: skip

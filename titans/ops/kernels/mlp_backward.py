@@ -1,9 +1,9 @@
 """Kernels of the two-layer memory, backward. Names and tiles as in mlp_forward.py.
 
-    read_backward_2  parallel  the reads again, then back through LN and the second layer's scores
-    read_backward_1  parallel  the rest of the reads: block by block through both layers
-    write_backward   serial    back through the carry and the inner gradient, last chunk first
-    finish           parallel  dK and the gates
+read_backward_2  parallel  the reads again, then back through LN and the second layer's scores
+read_backward_1  parallel  the rest of the reads: block by block through both layers
+write_backward   serial    back through the carry and the inner gradient, last chunk first
+finish           parallel  dK and the gates
 """
 
 import triton
@@ -87,7 +87,9 @@ def mlp_read_backward_2(
         read_C = act(Z1, ACT)
         written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT).to(dtype)
         scores2_CC = matmul_add(read_C.to(dtype), tl.trans(written_C), scores2_CC, PRECISION)
-        Z2_CD = matmul_add((beta2[:, None] * read_C).to(dtype), tl.trans(tl.load(W2_start + tile)), Z2_CD, PRECISION)
+        Z2_CD = matmul_add(
+            (beta2[:, None] * read_C).to(dtype), tl.trans(tl.load(W2_start + tile)), Z2_CD, PRECISION
+        )
         if MOMENTUM:
             by_S2_CD = matmul_add(read_C.to(dtype), tl.trans(tl.load(S2_start + tile)), by_S2_CD, PRECISION)
     if SHARED:
@@ -292,10 +294,14 @@ def mlp_write_backward(
             W2 = tl.load(W2_start + anchor + tile)
             written_C, slope = act_slope(tl.load(Z1_in + tile_CB).to(tl.float32), ACT)
             dG1 = matmul_add(K_W, dW1.to(dtype), tl.load(grad_G1 + tile_CB).to(tl.float32), PRECISION)
-            dG2_CD = matmul_add((of_W2[:, None] * written_C).to(dtype), tl.trans(dW2.to(dtype)), dG2_CD, PRECISION)
+            dG2_CD = matmul_add(
+                (of_W2[:, None] * written_C).to(dtype), tl.trans(dW2.to(dtype)), dG2_CD, PRECISION
+            )
             if MOMENTUM:
                 dG1 = matmul_add(K_S, dS1.to(dtype), dG1, PRECISION)
-                dG2_CD = matmul_add((of_S2[:, None] * written_C).to(dtype), tl.trans(dS2.to(dtype)), dG2_CD, PRECISION)
+                dG2_CD = matmul_add(
+                    (of_S2[:, None] * written_C).to(dtype), tl.trans(dS2.to(dtype)), dG2_CD, PRECISION
+                )
             tl.store(grad_G1 + tile_CB, dG1.to(dtype))
             dG2_CD = matmul_add((dG1 * slope).to(dtype), tl.trans(W2), dG2_CD, PRECISION)
         if NORM:
@@ -401,7 +407,7 @@ def mlp_finish(
     grad_theta, grad_log_decay, grad_log_momentum,
     num_rows, group_start, group_end, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cells, H): grad_k and the gradients of the gates `[B, T, H, 1 or 2]` fp32."""
     cell, head = tl.program_id(0), tl.program_id(1)
@@ -438,7 +444,9 @@ def mlp_finish(
         written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT)
         dW1 = tl.load(dW1_end + tile)
         dW2 = tl.load(dW2_end + tile)
-        through_Z1 = matmul_add(tl.load(grad_Z1 + tile_CB), tl.trans(tl.load(W1_start + anchor + column)), through_Z1, PRECISION)
+        through_Z1 = matmul_add(
+            tl.load(grad_Z1 + tile_CB), tl.trans(tl.load(W1_start + anchor + column)), through_Z1, PRECISION
+        )
         by_W1 = matmul_add(G1, tl.trans(dW1), by_W1, PRECISION)
         last_W2 -= tl.sum(written_C * matmul(G2_CD, dW2, PRECISION), 1)
         dW_W1 += tl.sum(dW1.to(tl.float32) * tl.load(W1_start + tile).to(tl.float32))
@@ -457,7 +465,9 @@ def mlp_finish(
     gates1 = vectors1 + at * ROWS * C
     gates2 = vectors2 + at * ROWS * C
     theta1 = tl.load(gates1 + THETA * C + slots)
-    dK_CD = tl.load(grad_K_reads + at * D * C + of_D[None, :] * C + slots[:, None]).to(tl.float32) + through_Z1
+    dK_CD = (
+        tl.load(grad_K_reads + at * D * C + of_D[None, :] * C + slots[:, None]).to(tl.float32) + through_Z1
+    )
     dK_CD -= (theta1 * tl.load(gates1 + LAST_W * C + slots))[:, None] * by_W1
     last_W1 = -tl.sum(K_CD * by_W1, 1)
     last_S1 = tl.zeros([C], tl.float32)
@@ -481,14 +491,14 @@ def mlp_finish(
         finish_gate_gradients(
             theta_part1 + theta_part2, row_part1 + row_part2, column_part1 + column_part2,
             last_W1 + last_W2, last_S1 + last_S2, dW_W1 + dW_W2, dW_S1 + dW_S2, dS_S1 + dS_S2,
-            gates1, grad_theta, grad_log_decay, grad_log_momentum, out, real, last, C, MOMENTUM,
+            gates1, grad_theta, grad_log_decay, grad_log_momentum, out, real, last, C, MOMENTUM, EXACT,
         )  # fmt: skip
     else:
         finish_gate_gradients(
             theta_part1, row_part1, column_part1, last_W1, last_S1, dW_W1, dW_S1, dS_S1,
-            gates1, grad_theta, grad_log_decay, grad_log_momentum, out * 2, real, last, C, MOMENTUM,
+            gates1, grad_theta, grad_log_decay, grad_log_momentum, out * 2, real, last, C, MOMENTUM, EXACT,
         )  # fmt: skip
         finish_gate_gradients(
             theta_part2, row_part2, column_part2, last_W2, last_S2, dW_W2, dW_S2, dS_S2,
-            gates2, grad_theta, grad_log_decay, grad_log_momentum, out * 2 + 1, real, last, C, MOMENTUM,
+            gates2, grad_theta, grad_log_decay, grad_log_momentum, out * 2 + 1, real, last, C, MOMENTUM, EXACT,
         )  # fmt: skip

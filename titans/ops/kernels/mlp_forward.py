@@ -57,24 +57,24 @@ def mlp_write(
     dtype = k.dtype.element_ty
     gain_D = tl.load(gain + head * D + of_D)
     bias_D = tl.load(bias + head * D + of_D)
-    for block in tl.static_range(F // BF):
-        tile = of_D[:, None] * F + block * BF + of_B[None, :]
-        W1 = tl.load(W1_state + state + tile)
-        W2 = tl.load(W2_state + state + tile)
+    for part in tl.static_range(F // BF):
+        where = of_D[:, None] * F + part * BF + of_B[None, :]
+        W1 = tl.load(W1_state + state + where)
+        W2 = tl.load(W2_state + state + where)
         a1 = W1.to(dtype)
         a2 = W2.to(dtype)
-        tl.store(W1_start + start_slot + tile, a1)
-        tl.store(W2_start + start_slot + tile, a2)
+        tl.store(W1_start + start_slot + where, a1)
+        tl.store(W2_start + start_slot + where, a2)
         if MOMENTUM:
-            S1 = tl.load(S1_state + state + tile)
-            S2 = tl.load(S2_state + state + tile)
-            tl.store(S1_start + start_slot + tile, S1.to(dtype))
-            tl.store(S2_start + start_slot + tile, S2.to(dtype))
+            S1 = tl.load(S1_state + state + where)
+            S2 = tl.load(S2_state + state + where)
+            tl.store(S1_start + start_slot + where, S1.to(dtype))
+            tl.store(S2_start + start_slot + where, S2.to(dtype))
         if low == 0:
-            a1 = tl.load(first1 + state + tile).to(dtype)
-            a2 = tl.load(first2 + state + tile).to(dtype)
-            tl.store(W1_start + anchor_slot + tile, a1)
-            tl.store(W2_start + anchor_slot + tile, a2)
+            a1 = tl.load(first1 + state + where).to(dtype)
+            a2 = tl.load(first2 + state + where).to(dtype)
+            tl.store(W1_start + anchor_slot + where, a1)
+            tl.store(W2_start + anchor_slot + where, a2)
     for n in range(low, high):
         at = (base + n * stride - group_start) * H + head
         anchor = tl.where(n == 0, anchor_slot, at * D * F)
@@ -222,7 +222,9 @@ def mlp_read(
         read_C = act(Z1, ACT)
         written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT).to(dtype)
         scores2_CC = matmul_add(read_C.to(dtype), tl.trans(written_C), scores2_CC, PRECISION)
-        Z2_CD = matmul_add((beta2[:, None] * read_C).to(dtype), tl.trans(tl.load(W2_start + tile)), Z2_CD, PRECISION)
+        Z2_CD = matmul_add(
+            (beta2[:, None] * read_C).to(dtype), tl.trans(tl.load(W2_start + tile)), Z2_CD, PRECISION
+        )
         if MOMENTUM:
             S2_BD = tl.trans(tl.load(S2_start + tile))
             Z2_CD = matmul_add((feed2[:, None] * read_C).to(dtype), S2_BD, Z2_CD, PRECISION)

@@ -135,7 +135,11 @@ class MLPGroup:
             call.spec.norm, call.momentum, shared, call.exact, call.precision, **READ_BACKWARD_2.options,
         )  # fmt: skip
         grad_K = call.scratch(cells, H, D, C)
-        grad_H, grad_G1, grad_G2 = torch.empty_like(self.Z1), torch.empty_like(self.G1), torch.empty_like(self.G2)
+        grad_H, grad_G1, grad_G2 = (
+            torch.empty_like(self.Z1),
+            torch.empty_like(self.G1),
+            torch.empty_like(self.G2),
+        )
         d_states, d_ends = self._state_gradients(), self._state_gradients()
         mlp_read_backward_1[(cells, H)](
             call.q, call.k, grad_output, grads.q, *self._vectors, *self._tables, *self.states,
@@ -156,7 +160,7 @@ class MLPGroup:
             call.k, grads.k, grads.v, *self._vectors, *self._tables, *self.states, self.Z1, self.G1, self.G2,
             grad_K, grad_H, *d_ends, *parts, grads.theta, grads.log_decay, grads.log_momentum,
             call.plan.rows, *self.group, call.plan.stride, *self._sizes(FINISH),
-            call.spec.residual, call.momentum, shared, call.precision, **FINISH.options,
+            call.spec.residual, call.momentum, shared, call.exact, call.precision, **FINISH.options,
         )  # fmt: skip
         if call.spec.norm:
             grads.gain += affine[0].sum(0)

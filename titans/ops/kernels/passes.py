@@ -20,7 +20,7 @@ from titans.ops.kernels.plan import Plan
 
 Tensors = list[Tensor]
 
-SCRATCH_BYTES = 2**29  # of one group: enough work to fill the device at every size that fits it
+SCRATCH_BYTES = 5 * 2**27  # of one group: enough work to fill the device at every size that fits it
 
 
 def _group_kind(call: Call) -> type[LinearGroup] | type[MLPGroup]:
@@ -31,6 +31,12 @@ def cells_at_once(call: Call) -> int:
     """Forward and backward must agree on the groups: the kept states lie at their starts."""
     kind = _group_kind(call)
     return max(1, SCRATCH_BYTES // (kind.bytes_per_cell(call, backward=True) * call.H))
+
+
+def kept_groups(x: ChunkedInputs) -> int:
+    """States that the forward keeps, from shapes alone."""
+    call = Call(x)
+    return len(call.plan.groups(cells_at_once(call))) - 1
 
 
 def _to_kernel(tensors: Tensors) -> Tensors:

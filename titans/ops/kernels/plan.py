@@ -35,9 +35,7 @@ class Plan:
         return [(start, min(start + size, self.cells)) for start in range(0, self.cells, size)]
 
 
-def make_plan(
-    batch: int, tokens: int, chunk_size: int, position: Tensor, cu_seqlens: Tensor | None
-) -> Plan:
+def make_plan(batch: int, tokens: int, chunk_size: int, position: Tensor, cu_seqlens: Tensor | None) -> Plan:
     device, rows = position.device, position.shape[0]
     position = position.long()
     if cu_seqlens is None:

@@ -1,4 +1,4 @@
-"""The chunked implementation as two registered operators and one autograd function.
+"""An implementation's forward and backward as two registered operators and one autograd function.
 
 The operators are opaque to `torch.compile` (their fakes know the shapes), so a compiled model keeps one
 graph; the autograd function around them is traced. Lists are flat because both sides want plain tensors.
@@ -6,14 +6,14 @@ graph; the autograd function around them is traced. Lists are flat because both 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from titans.ops.chunked.group import ChunkedInputs
-from titans.ops.chunked.passes import backward_pass, forward_pass, kept_cells
+from titans.ops.chunked.passes import ChunkedGradients, ChunkedResult
 from titans.ops.spec import MemorySpec, MemoryState
 
 _ARGUMENTS = (
@@ -38,32 +38,60 @@ def _like(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape) for tensor in tensors]
 
 
-def chunked_forward(*arguments: Any) -> list[Tensor]:
-    """output, L weights, L or no momentum, L anchor, then the kept states of weights and of momentum."""
-    result = forward_pass(_inputs(arguments[:-1]), keep=arguments[-1])
-    states = [*result.weights, *result.momentum, *result.anchor]
-    return [result.output, *states, *result.kept]
+class Operator:
+    """`titans::<name>_forward` and `titans::<name>_backward`, opaque to torch.compile.
 
+    `forward(inputs, keep) -> ChunkedResult`; `backward(inputs, kept, grad_output, grad_weights, grad_momentum,
+    grad_anchor) -> ChunkedGradients`; `kept_like(inputs)`: empty tensors of the shapes of what the forward keeps
+    for the backward, from shapes alone.
+    """
 
-def _fake_forward(*arguments: Any) -> list[Tensor]:
-    x, keep = _inputs(arguments[:-1]), arguments[-1]
-    cells = kept_cells(x.q.shape[0] * x.q.shape[1], x.position.shape[0], x.chunk_size) if keep else 0
-    kept = [state.new_empty((cells, *state.shape[1:])) for state in [*x.weights, *x.momentum]] if keep else []
-    return [x.v.new_empty(x.v.shape), *_like([*x.weights, *x.momentum, *x.anchor]), *kept]
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[[ChunkedInputs, bool], ChunkedResult],
+        backward: Callable[..., ChunkedGradients],
+        kept_like: Callable[[ChunkedInputs], list[Tensor]],
+    ) -> None:
+        self.forward_pass, self.backward_pass, self.kept_like = forward, backward, kept_like
+        self.forward = torch.library.custom_op(
+            f"titans::{name}_forward",
+            self._run_forward,
+            mutates_args=(),
+            schema=f"({_ARGUMENTS}, bool keep) -> Tensor[]",
+        )
+        self.forward.register_fake(self._fake_forward)
+        self.backward = torch.library.custom_op(
+            f"titans::{name}_backward",
+            self._run_backward,
+            mutates_args=(),
+            schema=f"({_ARGUMENTS}, Tensor[] kept, Tensor grad_output, Tensor[] grad_states) -> Tensor[]",
+        )
+        self.backward.register_fake(_fake_backward)
 
+    def _run_forward(self, *arguments: Any) -> list[Tensor]:
+        """output, L weights, L or no momentum, L anchor, then the kept states of weights and of momentum."""
+        result = self.forward_pass(_inputs(arguments[:-1]), arguments[-1])
+        states = [*result.weights, *result.momentum, *result.anchor]
+        return [result.output, *states, *result.kept]
 
-def chunked_backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of q, k, v, theta, log_decay.., log_momentum, weights.., momentum.., anchor.., norm_weight,
-    norm_bias, in this order; the optional ones only where they were given."""
-    kept, grad_output, grad_states = arguments[-3:]
-    x = _inputs(arguments[:-3])
-    weights, momentum, anchor = _split(grad_states, (len(x.weights), len(x.momentum), len(x.anchor)))
-    grads = backward_pass(x, kept, grad_output, weights, momentum, anchor)
-    found = [
-        *(grads.q, grads.k, grads.v, grads.theta, *grads.log_decay, grads.log_momentum),
-        *(*grads.weights, *grads.momentum, *grads.anchor, grads.norm_weight, grads.norm_bias),
-    ]
-    return [grad for grad in found if grad is not None]
+    def _fake_forward(self, *arguments: Any) -> list[Tensor]:
+        x, keep = _inputs(arguments[:-1]), arguments[-1]
+        kept = self.kept_like(x) if keep else []
+        return [x.v.new_empty(x.v.shape), *_like([*x.weights, *x.momentum, *x.anchor]), *kept]
+
+    def _run_backward(self, *arguments: Any) -> list[Tensor]:
+        """Gradients of q, k, v, theta, log_decay.., log_momentum, weights.., momentum.., anchor..,
+        norm_weight, norm_bias, in this order; the optional ones only where they were given."""
+        kept, grad_output, grad_states = arguments[-3:]
+        x = _inputs(arguments[:-3])
+        weights, momentum, anchor = _split(grad_states, (len(x.weights), len(x.momentum), len(x.anchor)))
+        grads = self.backward_pass(x, kept, grad_output, weights, momentum, anchor)
+        found = [
+            *(grads.q, grads.k, grads.v, grads.theta, *grads.log_decay, grads.log_momentum),
+            *(*grads.weights, *grads.momentum, *grads.anchor, grads.norm_weight, grads.norm_bias),
+        ]
+        return [grad for grad in found if grad is not None]
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
@@ -75,28 +103,18 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
     return _like([tensor for tensor in given if tensor is not None])
 
 
-_forward = torch.library.custom_op(
-    "titans::chunked_forward",
-    chunked_forward,
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool keep) -> Tensor[]",
-)
-_forward.register_fake(_fake_forward)
-_backward = torch.library.custom_op(
-    "titans::chunked_backward",
-    chunked_backward,
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor[] kept, Tensor grad_output, Tensor[] grad_states) -> Tensor[]",
-)
-_backward.register_fake(_fake_backward)
+def call(name: str, direction: str, *arguments: Any) -> list[Tensor]:
+    """The registered operator `titans::<name>_<direction>`."""
+    return getattr(torch.ops.titans, f"{name}_{direction}")(*arguments)
 
 
-class _Chunked(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     """`lists` is log_decay.., weights.., momentum.., anchor..; `lengths` says how many of each."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        name: str,
         settings: tuple[Any, ...],
         lengths: tuple[int, ...],
         keep: bool,
@@ -112,10 +130,10 @@ class _Chunked(torch.autograd.Function):
         *lists: Tensor,
     ) -> tuple[Tensor, ...]:
         tensors = (q, k, v, theta, log_momentum, position, norm_weight, norm_bias, cu_seqlens)
-        results = _forward(*_in_order(tensors, lists, lengths), *settings, keep)
+        results = call(name, "forward", *_in_order(tensors, lists, lengths), *settings, keep)
         states = 1 + sum(lengths[1:])
         ctx.save_for_backward(*tensors, *lists, *results[states:])
-        ctx.settings, ctx.lengths = settings, lengths
+        ctx.name, ctx.settings, ctx.lengths = name, settings, lengths
         return tuple(results[:states])
 
     @staticmethod
@@ -124,7 +142,10 @@ class _Chunked(torch.autograd.Function):
         tensors, rest = saved[:9], saved[9:]
         lists, kept = rest[: sum(ctx.lengths)], rest[sum(ctx.lengths) :]
         arguments = _in_order(tensors, lists, ctx.lengths)
-        grads = _backward(*arguments, *ctx.settings, list(kept), grad_output, list(grad_states))
+        grads = call(
+            *(ctx.name, "backward", *arguments, *ctx.settings),
+            *(list(kept), grad_output, list(grad_states)),
+        )
         *_, log_momentum, _, norm_weight, norm_bias, _ = tensors
         grad_q, grad_k, grad_v, grad_theta, *grads = grads
         grad_decay, grads = grads[: ctx.lengths[0]], grads[ctx.lengths[0] :]
@@ -132,7 +153,7 @@ class _Chunked(torch.autograd.Function):
         grad_bias = None if norm_bias is None else grads.pop()
         grad_weight = None if norm_weight is None else grads.pop()
         return (
-            *(None, None, None, grad_q, grad_k, grad_v, grad_theta, grad_log_momentum),
+            *(None, None, None, None, grad_q, grad_k, grad_v, grad_theta, grad_log_momentum),
             *(None, grad_weight, grad_bias, None, *grad_decay, *grads),
         )
 
@@ -154,7 +175,8 @@ def _split(lists: Any, lengths: tuple[int, ...]) -> list[list[Tensor]]:
     return parts
 
 
-def chunked(
+def run_operator(
+    name: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -168,7 +190,7 @@ def chunked(
     chunk_size: int,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, MemoryState]:
-    """`neural_memory` in the dual form (paper sec. 3.2), forward and backward by hand."""
+    """`neural_memory` through the operator of that name, with gradients."""
 
     def with_layers(gate: Tensor) -> Tensor:
         return gate.unsqueeze(-1) if gate.dim() == 3 else gate
@@ -191,8 +213,8 @@ def chunked(
         channelwise,
     )
     lengths = (len(decays), spec.depth, len(momentum), spec.depth)
-    output, *states = _Chunked.apply(
-        *(settings, lengths, keep, q, k, v, theta, log_momentum, state.position),
+    output, *states = _Function.apply(
+        *(name, settings, lengths, keep, q, k, v, theta, log_momentum, state.position),
         *(norm_weight, norm_bias, cu_seqlens, *lists),
     )
     weights, new_momentum, anchor = _split(states, lengths[1:])

@@ -1,0 +1,17 @@
+"""Registers the kernels as `titans::triton_forward` and `titans::triton_backward`."""
+
+from torch import Tensor
+
+from titans.ops.chunked.group import ChunkedInputs
+from titans.ops.kernels.passes import backward_pass, forward_pass, kept_groups
+from titans.ops.operator import Operator
+
+
+def _kept_like(x: ChunkedInputs) -> list[Tensor]:
+    """States at every group's start after the first, in the kernels' layout (`passes.to_kernel`)."""
+    states = [tensor if layer == 0 else tensor.mT for layer, tensor in enumerate(x.weights)]
+    states += [tensor if layer == 0 else tensor.mT for layer, tensor in enumerate(x.momentum)]
+    return [state.new_empty((kept_groups(x), *state.shape)) for state in states]
+
+
+OPERATOR = Operator("triton", forward_pass, backward_pass, _kept_like)

@@ -1,0 +1,47 @@
+"""What the Triton kernels cover. No Triton is needed to ask."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from titans.ops.spec import MemorySpec
+
+LINEAR_DIMS = (16, 32, 64, 128)
+MLP_DIMS = (16, 32, 64, 128)
+CHUNKS = (16, 32, 64)
+EXPANSIONS = (1, 2, 4)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors (its own switch, for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(
+    device: torch.device, dtype: torch.dtype, spec: MemorySpec, chunk_size: int, channelwise: bool
+) -> str | None:
+    """Why `impl="triton"` cannot take a call: "needs ...", or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    if device.type != "cuda" and not interpreted():
+        return f"needs tensors on a CUDA device, got {device}"
+    if dtype not in DTYPES:
+        return f"needs q, k and v in bfloat16, float16 or float32, got {dtype}"
+    if spec.depth > 2:
+        return f"needs a memory of depth 1 or 2, got {spec.depth}"
+    if spec.depth == 1 and spec.norm:
+        return "needs a linear memory without norm, got norm=True"
+    dims = LINEAR_DIMS if spec.depth == 1 else MLP_DIMS
+    if spec.dim not in dims:
+        return f"needs a head width among {dims}, got {spec.dim}"
+    if spec.depth == 2 and spec.expansion not in EXPANSIONS:
+        return f"needs an expansion among {EXPANSIONS}, got {spec.expansion}"
+    if chunk_size not in CHUNKS:
+        return f"needs a chunk size among {CHUNKS}, got {chunk_size}"
+    if channelwise:
+        return "needs decay per head or per layer, got decay per channel (a tuple of log_decay)"
+    return None
