@@ -60,6 +60,8 @@ bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
 		--no-build-isolation --editable '.[benchmark]'
 	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+		then $(BIN)/titans bench ops; else echo "== titans bench ops: left out, it needs a CUDA device"; fi
 
 lock:
 	$(PYTHON) tools/lock.py

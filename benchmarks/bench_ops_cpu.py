@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harness import Measurement, RowFailed, Session, Step, print_table
+from titans.benchmark.harness import Measurement, RowFailed, Session, Step, print_table
 
 SHAPE = {"hidden_size": 384, "heads": 4, "head_dim": 64, "depth": 2, "expansion": 4, "chunk_size": 64}
 LINEARITY = (1024, 2048, 4096, 8192, 16384, 32768, 65536)

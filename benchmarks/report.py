@@ -29,8 +29,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def origin(record: dict[str, Any], file: str) -> str:
     machine = record["machine"]
+    versions = next((row["versions"] for row in record["rows"] if "gpu" in row.get("versions", {})), {})
+    gpu = f"{versions['gpu']}, PyTorch {versions['torch']}, " if versions else ""
     lines = [
-        f"`{record['command']}`, commit {record['commit']}, {record['date'][:10]}, {machine['cpu']}, "
+        f"`{record['command']}`, commit {record['commit']}, {record['date'][:10]}, {gpu}{machine['cpu']}, "
         f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''} of {machine['cores']} cores, "
         f"Python {machine['python']}, seed {record['seed']}; `results/{file}`."
     ]
@@ -151,7 +153,52 @@ def initial_values(record: dict[str, Any]) -> str:
     )
 
 
+def ops_on_a_gpu(record: dict[str, Any]) -> str:
+    summary = record["summary"]
+    about = (
+        f"bf16, {record['options']['tokens']:,} tokens in 16, 4 and 1 sequences, medians; inputs come from "
+        "memory, not from the L2. Chunk 64 and 16 (c64, c16); mlp1, mlp2, mlp4: two layers of expansion 1, "
+        "2, 4; GDN: Gated DeltaNet of flash-linear-attention in the same run, at the same shape. Peak memory "
+        "is what forward and backward took above the inputs, gradients included.\n"
+    )
+    rows = []
+    for entry in summary["table"]:
+        targets = [
+            f"{target['what']} {target['value']:.2f}, at most {target['limit']:g}: "
+            + ("met" if target["met"] else "**missed**")
+            for target in entry["targets"]
+        ]
+        numbers = [entry[name] for name in ("forward_ms", "both_ms", "ratio", "peak_gb", "peak_ratio")]
+        failed = ["failed: " + entry["error"].partition("}: ")[2]] if entry["error"] else []
+        rows.append(
+            [
+                entry["row"],
+                f"B{entry['batch']} T{entry['tokens']}, {entry['heads']} x {entry['dim']}",
+                *("" if number is None else f"{number:.2f}" for number in numbers),
+                "; ".join(targets + failed).replace("|", "/"),
+            ]
+        )
+    header = [
+        "row",
+        "shape",
+        "forward ms",
+        "forward + backward ms",
+        "over GDN",
+        "peak GB",
+        "over GDN",
+        "targets",
+    ]
+    parts = ["## The op on a GPU\n", about, table(header, rows)]
+    if rate := summary.get("copy_terabytes_per_second"):
+        parts.append(
+            f"\nA copy on this card moves {rate:.2f} TB/s, read and written; "
+            "the byte floor is taken at that rate."
+        )
+    return "\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "ops_gpu.json": ops_on_a_gpu,
     "ops_cpu.json": memory_on_a_cpu,
     "stability.json": stability,
     "initial_values.json": initial_values,
@@ -162,6 +209,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 def page() -> str:
     parts = [INTRODUCTION]
     for file, section in SECTIONS.items():
+        if not (RESULTS / file).exists():  # not measured yet
+            continue
         record = json.loads((RESULTS / file).read_text(encoding="utf-8"))
         parts.append(section(record) + "\n\n" + origin(record, file) + "\n")
     return "\n".join(parts)

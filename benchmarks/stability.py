@@ -23,10 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harness import RESULTS, Session, commit, print_table
+from titans.benchmark.harness import RESULTS, Session, commit, print_table
 
 # name: fields of the model, fields of the training.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -22,7 +22,7 @@ LAYERS = [
     ("ops",),
     ("nn", "testing"),
     ("models",),
-    ("data", "training", "evaluation", "inference", "recipes"),
+    ("data", "training", "evaluation", "inference", "recipes", "benchmark"),
     ("cli",),
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

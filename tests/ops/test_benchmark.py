@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from titans.benchmark.harness import RowFailed, Session
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
     spec = importlib.util.spec_from_file_location("bench_ops_cpu", FOLDER / "bench_ops_cpu.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "bench_ops_cpu", module)  # dataclasses look their module up
@@ -34,15 +35,12 @@ def test_counts(benchmark):
     assert benchmark.layer_flops(benchmark.SHAPE) / 1e6 == pytest.approx(10.6, abs=0.05)
 
 
-def test_rows_end_in_the_file(benchmark, monkeypatch, tmp_path):
-    import harness
-
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    session = harness.Session("name", FOLDER / "bench_ops_cpu.py", {"a": 1}, threads=1)
+def test_rows_end_in_the_file(tmp_path):
+    session = Session("name", FOLDER / "bench_ops_cpu.py", {"a": 1}, threads=1, output=tmp_path)
     row = session.measure("matmul", {"size": 8}, repeats=3, warmup=1)
     assert len(row.seconds) == 3
     assert 0 < min(row.seconds) <= row.median <= max(row.seconds)
-    with pytest.raises(harness.RowFailed, match="KeyError: 'size'"):
+    with pytest.raises(RowFailed, match="KeyError: 'size'"):
         session.measure("matmul", {}, repeats=1)
     record = json.loads(session.save().read_text())
     assert [row.get("error") for row in record["rows"]] == [None, "KeyError: 'size'"]

@@ -1,16 +1,17 @@
-"""One way to measure: a fresh process per row, warm-up, median of repeats, peak memory, one JSON file.
+"""One way to measure: fresh processes, warm-up, median of repeats, peak memory, one JSON file.
 
 A benchmark script holds workloads: functions that take a row's settings (plain JSON) and return the step to
 be timed. `Session.measure` runs one of them in a process of its own, under another interpreter if asked, so
-that a peer can live in its own environment; nothing but torch is needed there.
+that a peer can live in its own environment; nothing but torch is needed there. What the process does is in
+`worker.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -18,13 +19,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "results"
+WORKER = Path(__file__).resolve().parent / "worker.py"
 SEED = 0
 
 # glibc hands large blocks back to the kernel at every free and takes page faults at every malloc: up to 3x on
@@ -36,7 +38,10 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one row: seconds of every repeat, and how far resident memory grew while it ran."""
+    """Of one row: seconds of every repeat, and the memory that its steps took above what was there before.
+
+    On a CPU peak_bytes is how far resident memory grew, on a GPU what the allocator held at most.
+    """
 
     seconds: list[float]
     peak_bytes: int
@@ -53,12 +58,19 @@ class RowFailed(RuntimeError):  # noqa: N818 (it is a result, and is stored as o
 
 @dataclass
 class Session:
-    """Rows measured in one run, and everything that a reader needs to judge them."""
+    """Rows measured in one run, and everything that a reader needs to judge them.
+
+    script: the file with the workloads. command: how the run was started; None: as that script.
+    commit: of the code, where git cannot tell. output: folder of the JSON file.
+    """
 
     name: str
     script: Path
     options: dict[str, Any]
     threads: int
+    command: str | None = None
+    commit: str | None = None
+    output: Path = RESULTS
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -72,6 +84,71 @@ class Session:
         python: str = sys.executable,
     ) -> Measurement:
         """Run `workload(settings)` of the script in a fresh process; the row is kept for the JSON file."""
+        (result,) = self.measure_each(workload, [settings], repeats=repeats, warmup=warmup, python=python)
+        if isinstance(result, RowFailed):
+            raise result
+        return result
+
+    def measure_each(
+        self,
+        workload: str,
+        settings: Sequence[dict[str, Any]],
+        *,
+        repeats: int = 5,
+        warmup: int = 1,
+        python: str = sys.executable,
+        timeout: float | None = None,
+    ) -> list[Measurement | RowFailed]:
+        """The same for several rows in one process, in their order: a GPU's process takes 10 s to start.
+
+        A row that fails is kept as such and the next one follows, in a new process where this one broke off
+        (a GPU is lost to a process after an illegal access). After `timeout` seconds the rest has failed.
+        """
+        results: list[Measurement | RowFailed] = []
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while len(results) < len(settings):
+            rest = list(settings[len(results) :])
+            left = None if timeout is None else max(deadline - time.monotonic(), 0.0)
+            found, said = self._process(workload, rest, repeats, warmup, python, left)
+            missing = len(rest) - len(found)
+            if time.monotonic() >= deadline:
+                found += missing * [{"error": f"not measured within {timeout:g} s"}]
+            elif missing and not (found and "error" in found[-1]):  # it was this row that ended the process
+                found.append({"error": said})
+            for setting, outcome in zip(rest, found, strict=False):
+                row: dict[str, Any] = {
+                    "workload": workload,
+                    "settings": setting,
+                    "repeats": repeats,
+                    "warmup": warmup,
+                }
+                self.rows.append(row)
+                if "error" in outcome:
+                    row["error"] = outcome["error"]
+                    results.append(RowFailed(f"{workload} {setting}: {outcome['error']}"))
+                else:
+                    result = Measurement(**outcome)
+                    row |= {"median_seconds": result.median, **dataclasses.asdict(result)}
+                    results.append(result)
+        return results
+
+    def compile(
+        self, workload: str, settings: Sequence[dict[str, Any]], timeout: float, **environment: str
+    ) -> None:
+        """Take one step of every row and time nothing: what is compiled stays on disk for `measure_each`."""
+        self._process(workload, list(settings), 0, 1, sys.executable, timeout, **environment)
+
+    def _process(
+        self,
+        workload: str,
+        settings: list[dict[str, Any]],
+        repeats: int,
+        warmup: int,
+        python: str,
+        timeout: float | None,
+        **environment: str,
+    ) -> tuple[list[dict[str, Any]], str]:
+        """What a fresh process found, one entry a row as far as it came, and the last line that it said."""
         job = {
             "script": str(self.script),
             "workload": workload,
@@ -79,34 +156,30 @@ class Session:
             "repeats": repeats,
             "warmup": warmup,
             "threads": self.threads,
+            "seed": SEED,
         }
-        environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(self.threads)}
-        command = [python, str(Path(__file__).resolve()), json.dumps(job)]
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        row: dict[str, Any] = {
-            "workload": workload,
-            "settings": settings,
-            "repeats": repeats,
-            "warmup": warmup,
-        }
-        self.rows.append(row)
-        if run.returncode != 0:
-            said = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-            row["error"] = said[-1]
-            raise RowFailed(f"{workload} {settings}: {said[-1]}")
-        result = Measurement(**json.loads(run.stdout.splitlines()[-1]))
-        row |= {"median_seconds": result.median, **dataclasses.asdict(result)}
-        return result
+        environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(self.threads), **environment}
+        command = [python, str(WORKER), json.dumps(job)]
+        try:
+            run = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired as expired:
+            stdout = expired.stdout or b""
+            text = stdout.decode() if isinstance(stdout, bytes) else stdout
+            return _rows(text[: text.rfind("\n") + 1]), "out of time"  # the last line may be half a row
+        said = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
+        return _rows(run.stdout), said[-1]
 
     def save(self) -> Path:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{self.name}.json"
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / f"{self.name}.json"
         record = {
             "name": self.name,
-            "command": f"python {self.script.relative_to(ROOT)}",
+            "command": self.command or f"python {self.script.relative_to(ROOT)}",
             "options": self.options,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
+            "commit": self.commit or commit(),
             "seed": SEED,
             "machine": machine(self.threads),
             "allocator": ALLOCATOR,
@@ -117,14 +190,19 @@ class Session:
         return path
 
 
+def _rows(stdout: str) -> list[dict[str, Any]]:
+    """The worker marks its rows: a workload may print, too."""
+    marked = [line.removeprefix("row ") for line in stdout.splitlines() if line.startswith("row ")]
+    return [json.loads(line) for line in marked]
+
+
 def commit() -> str:
-    """The checkout's commit, marked when files differ from it."""
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    """The checkout's commit, marked when files differ from it; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
     return run.stdout.strip() or "unknown"
 
 
@@ -156,57 +234,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
-
-
-def _resident(field: str) -> int:
-    """Bytes of VmRSS or VmHWM (the high-water mark) of this process."""
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(rf"{field}:\s*(\d+) kB", status.read_text())):
-        return int(found.group(1)) * 1024
-    import resource  # no /proc: the high-water mark since the start is all there is
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _forget_peak() -> None:
-    """Set the high-water mark back to what is resident now (Linux)."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
-
-
-def _work(job: dict[str, Any]) -> dict[str, Any]:
-    """What the fresh process does: build the step, then time it and watch its memory."""
-    import torch
-
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(SEED)
-    sys.path.insert(0, str(ROOT))  # titans from this checkout
-    spec = importlib.util.spec_from_file_location("workloads", job["script"])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["workloads"] = module
-    spec.loader.exec_module(module)
-    step: Step = getattr(module, job["workload"])(job["settings"])
-    before = _resident("VmRSS")
-    _forget_peak()
-    seconds = []
-    for repeat in range(job["warmup"] + job["repeats"]):
-        start = time.perf_counter()
-        step()
-        if repeat >= job["warmup"]:
-            seconds.append(time.perf_counter() - start)
-    peak = max(_resident("VmHWM") - before, 0)
-    versions = {"torch": torch.__version__}
-    if "titans_pytorch" in sys.modules:
-        from importlib.metadata import version
-
-        versions["titans-pytorch"] = version("titans-pytorch")
-    return {"seconds": seconds, "peak_bytes": peak, "versions": versions}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_work(json.loads(sys.argv[1]))))
+    console = Console()
+    if not console.is_terminal:  # 80 columns are assumed of a pipe
+        console.width = 200
+    console.print(table)

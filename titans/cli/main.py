@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "continue a text with a trained model",
     "eval-loss": "loss by position over long streams",
     "doctor": "what hardware and versions are here, and a self-check",
+    "bench": "time the memory op beside its peers",
     "demo": "train, save, reload, generate and stream with a small model",
 }
 

@@ -1,0 +1,301 @@
+"""The rows of `titans bench ops`: what is measured at which shapes, and what the measurements say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from titans.benchmark.harness import Measurement, RowFailed, Session
+
+WORKLOADS = Path(__file__).resolve().parent / "ops.py"
+PEER = "gated-deltanet"
+TIMEOUT = 180.0  # seconds of one process
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a workload and its settings, at every shape but where it names its own.
+
+    batches: those of the run that it takes; None: all. first_heads: only the first of the run's heads.
+    shapes: `(B, T)` of its own. passes: "forward", "both".
+    """
+
+    workload: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    batches: tuple[int, ...] | None = None
+    first_heads: bool = False
+    shapes: tuple[tuple[int, int], ...] | None = None
+    passes: tuple[str, ...] = ("forward", "both")
+    repeats: int = 20
+    warmup: int = 3
+
+
+def _memory(depth: int, expansion: int, chunk_size: int) -> dict[str, Any]:
+    return {"depth": depth, "expansion": expansion, "chunk_size": chunk_size}
+
+
+_MEMORIES = {"linear": (1, 1), "mlp1": (2, 1), "mlp2": (2, 2), "mlp4": (2, 4)}
+OURS = {
+    f"{name}-c{chunk}": Row("our_op", _memory(*shape, chunk))
+    for name, shape in _MEMORIES.items()
+    for chunk in (64, 16)
+}
+# Eager PyTorch: slow, and its memory grows with every chunk, so at one shape alone.
+_CHUNKED = {
+    f"{name}-c64-chunked": Row(
+        "our_op",
+        _memory(*_MEMORIES[name], 64) | {"impl": "chunked"},
+        batches=(4,),
+        first_heads=True,
+        repeats=3,
+        warmup=1,
+    )
+    for name in ("linear", "mlp4")
+}
+# Layer against layer. The peer's exact setting holds the fast weights of every token: about 2.6 MB a token
+# and head, so 43 GB at (1, 1024) with 16 heads, and (4, 2048) cannot fit any card.
+_LUCIDRAINS = _memory(2, 4, 64)
+LAYERS = {
+    "layer-mlp4-c64": Row(
+        "our_layer", _LUCIDRAINS, shapes=((1, 1024), (4, 2048)), repeats=5, first_heads=True, passes=("both",)
+    ),
+    "lucidrains": Row(
+        "lucidrains_layer",
+        _LUCIDRAINS | {"peer_chunk_size": 1, "peer_batch_size": 64},
+        shapes=((1, 1024),),
+        repeats=1,
+        warmup=1,
+        first_heads=True,
+        passes=("both",),
+    ),
+    "lucidrains-gate-per-chunk": Row(
+        "lucidrains_layer",
+        _LUCIDRAINS | {"peer_chunk_size": 64, "peer_batch_size": 64},
+        shapes=((4, 2048),),
+        repeats=1,
+        warmup=1,
+        first_heads=True,
+        passes=("both",),
+    ),
+}
+ROWS = {PEER: Row("gated_deltanet"), "attention": Row("attention"), **OURS, **_CHUNKED, **LAYERS}
+DEFAULT_ROWS = tuple(name for name in ROWS if name not in LAYERS)
+
+# Upper limits on the time of forward and backward over Gated DeltaNet's, by the number of sequences.
+TIME_TARGETS = {
+    "linear-c64": {16: 1.0, 4: 1.0, 1: 1.0},
+    "mlp1-c64": {16: 1.25, 4: 1.25, 1: 3.0},
+    "mlp4-c64": {16: 4.0, 4: 4.0, 1: 8.0},
+}
+MEMORY_TARGETS = {"linear-c64": 1.5, "mlp4-c64": 2.5}
+CHUNK_16_TARGET = 2.0  # over the same memory at chunk 64
+FLOOR_TARGET = 3.0  # over the byte floor: the linear memory, 16 sequences
+LUCIDRAINS_TARGET = 200.0  # times faster
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run: where, on how many tokens, cut into which batches, with which `(heads, dim)`."""
+
+    device: str
+    tokens: int
+    batches: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
+    impl: str
+
+    def settings(self, row: Row) -> list[dict[str, Any]]:
+        """Of everything that is measured for the row, in one process."""
+        batches = self.batches if row.batches is None else [b for b in self.batches if b in row.batches]
+        shapes = row.shapes or tuple((batch, self.tokens // batch) for batch in batches)
+        common = {"device": self.device, "dtype": "bfloat16"}
+        if row.workload == "our_op":
+            common["impl"] = self.impl
+        return [
+            common
+            | {"batch": batch, "tokens": tokens, "heads": heads, "dim": dim, "passes": passes}
+            | row.settings
+            for heads, dim in (self.heads[:1] if row.first_heads else self.heads)
+            for batch, tokens in shapes
+            for passes in row.passes
+        ]
+
+
+Shape = tuple[int, int, int, int]  # batch, tokens, heads, dim
+Found = dict[tuple[str, Shape, str], Measurement | RowFailed]
+
+
+def measure(session: Session, plan: Plan, names: Sequence[str], compile_jobs: int) -> None:
+    """A process for every peer and every memory; the session is saved, with its summary, after each."""
+    if plan.device == "cuda":
+        size = 2**31
+        job = {"device": "cuda", "bytes": size}
+        (copied,) = session.measure_each("copy", [job], repeats=10, warmup=2, timeout=TIMEOUT)
+        if isinstance(copied, Measurement):
+            session.summary["copy_terabytes_per_second"] = 2 * size / copied.median / 1e12
+        _compile(session, plan, names, compile_jobs)
+    if PEER in names:
+        session.summary["note"] = (
+            "Gated DeltaNet's backward was timed with its guard taken out: on Hopper with Triton 3.4 to "
+            "3.7.0 it refuses to run because its gradients are wrong there (timing only)."
+        )
+    found: Found = {}
+    for (workload, _, _, repeats, warmup), together in groupby(names, _process_of):
+        jobs = [(name, setting) for name in together for setting in plan.settings(ROWS[name])]
+        results = session.measure_each(
+            workload, [setting for _, setting in jobs], repeats=repeats, warmup=warmup, timeout=TIMEOUT
+        )
+        for (name, setting), result in zip(jobs, results, strict=True):
+            found[name, _shape(setting), setting["passes"]] = result
+        session.summary["table"] = summarise(found, session.summary.get("copy_terabytes_per_second"))
+        session.save()
+        failed = [result for result in results if isinstance(result, RowFailed)]
+        note = f", {len(failed)} failed: {failed[0]}" if failed else ""
+        print(f"measured: {', '.join(dict(jobs))}: {len(results)} rows{note}", flush=True)
+
+
+def _process_of(name: str) -> tuple[str, int, int, int, int]:
+    """Neighbours that agree in this share a process: the chunk sizes of one memory."""
+    row = ROWS[name]
+    depth, expansion = (row.settings.get(key, 0) for key in ("depth", "expansion"))
+    return row.workload, depth, expansion, row.repeats, row.warmup
+
+
+def _compile(session: Session, plan: Plan, names: Sequence[str], jobs: int) -> None:
+    """Triton kernels of the op and of Gated DeltaNet, several processes side by side, before any timing.
+
+    Gated DeltaNet chooses among about 75 configurations by timing: minutes to compile. It chooses again, from
+    compiled ones, when it is measured, because what it finds here, beside others, is not stored.
+    """
+    if jobs < 2:
+        return
+    print("compiling", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        for name in names:
+            row = ROWS[name]
+            if name != PEER and not (name in OURS and plan.impl == "triton"):
+                continue
+            for heads in plan.heads:
+                settings = [
+                    setting
+                    for setting in replace(plan, heads=(heads,)).settings(row)
+                    if setting["passes"] == "both"
+                ]
+                pool.submit(session.compile, row.workload, settings, TIMEOUT, FLA_CACHE_RESULTS="0")
+
+
+def _shape(setting: dict[str, Any]) -> Shape:
+    return setting["batch"], setting["tokens"], setting["heads"], setting["dim"]
+
+
+def summarise(found: Found, copy_rate: float | None) -> list[dict[str, Any]]:
+    """One entry a row and shape: milliseconds, peak memory, both over Gated DeltaNet's, and the targets.
+
+    A failed measurement leaves its number None and its message in "error". Targets are those of a GPU:
+    left out where `copy_rate` (TB/s, of the same run) is None.
+    """
+
+    def value(name: str, shape: Shape, passes: str, of: Callable[[Measurement], float]) -> float | None:
+        result = found.get((name, shape, passes))
+        return of(result) if isinstance(result, Measurement) else None
+
+    entries = []
+    for name, shape in dict.fromkeys((name, shape) for name, shape, _ in found):
+        batch, tokens, heads, dim = shape
+        both, peer = (value(which, shape, "both", _milliseconds) for which in (name, PEER))
+        peak, peer_peak = (value(which, shape, "both", _peak) for which in (name, PEER))
+        errors = [found.get((name, shape, passes)) for passes in ("forward", "both")]
+        entry: dict[str, Any] = {
+            "row": name,
+            "batch": batch,
+            "tokens": tokens,
+            "heads": heads,
+            "dim": dim,
+            "forward_ms": value(name, shape, "forward", _milliseconds),
+            "both_ms": both,
+            "ratio": _over(both, peer),
+            "peak_gb": peak,
+            "peak_ratio": _over(peak, peer_peak),
+            "error": next((str(error) for error in errors if isinstance(error, RowFailed)), None),
+            "targets": [],
+        }
+        if copy_rate is not None:
+            sibling = value(name.replace("-c16", "-c64"), shape, "both", _milliseconds)
+            ours = value("layer-mlp4-c64", shape, "both", _milliseconds)
+            floor = byte_floor(shape, 64) / copy_rate / 1e9
+            entry["targets"] = [
+                {"what": what, "limit": limit, "value": got, "met": got <= limit}
+                for what, limit, got in _targets(entry, sibling, ours, floor)
+                if got is not None
+            ]
+        entries.append(entry)
+    return entries
+
+
+def _targets(
+    entry: dict[str, Any], sibling: float | None, our_layer: float | None, floor: float
+) -> Iterator[tuple[str, float, float | None]]:
+    """What was asked of this row: name, upper limit, and what came."""
+    name, batch = entry["row"], entry["batch"]
+    if batch in TIME_TARGETS.get(name, {}):
+        yield "time", TIME_TARGETS[name][batch], entry["ratio"]
+    if name in MEMORY_TARGETS:
+        yield "memory", MEMORY_TARGETS[name], entry["peak_ratio"]
+    if name == "linear-c64" and batch == 16:
+        yield "byte floor", FLOOR_TARGET, _over(entry["both_ms"], floor)
+    if name.endswith("-c16"):
+        yield "chunk 64", CHUNK_16_TARGET, _over(entry["both_ms"], sibling)
+    if name == "lucidrains":
+        yield "our layer / it", 1 / LUCIDRAINS_TARGET, _over(our_layer, entry["both_ms"])
+
+
+def byte_floor(shape: Shape, chunk_size: int) -> float:
+    """Bytes that forward and backward of the linear memory move at least, states of chunks in bf16.
+
+    Per token and head 14 D + 8 D^2 / C + 68 forward and 44 D + 16 D^2 / C + 8 C + 130 backward.
+    """
+    batch, tokens, heads, dim = shape
+    per_token = 58 * dim + 24 * dim * dim / chunk_size + 8 * chunk_size + 198
+    return batch * tokens * heads * per_token
+
+
+def _milliseconds(result: Measurement) -> float:
+    return result.median * 1e3
+
+
+def _peak(result: Measurement) -> float:
+    return result.peak_bytes / 1e9
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
+
+
+COLUMNS = ["row", "shape", "fwd ms", "fwd + bwd ms", "/ GDN", "peak GB", "/ GDN", "targets"]
+
+
+def cells(entry: dict[str, Any]) -> list[str]:
+    """An entry of the summary as a line of the table under COLUMNS."""
+
+    def number(name: str, form: str) -> str:
+        return "" if entry[name] is None else format(entry[name], form)
+
+    targets = [
+        f"{target['what']} {target['value']:.3g} {'<=' if target['met'] else 'MISSED'} {target['limit']:g}"
+        for target in entry["targets"]
+    ]
+    if entry["error"]:
+        targets.append("failed: " + entry["error"].partition("}: ")[2][:60])
+    return [
+        entry["row"],
+        f"B{entry['batch']} T{entry['tokens']} {entry['heads']}x{entry['dim']}",
+        number("forward_ms", ".2f"),
+        number("both_ms", ".2f"),
+        number("ratio", ".2f"),
+        number("peak_gb", ".2f"),
+        number("peak_ratio", ".2f"),
+        "; ".join(targets),
+    ]
