@@ -68,6 +68,11 @@ def test_a_row_that_fails_is_a_row(tmp_path):
     errors = [row.get("error") for row in record["rows"]]
     assert errors == [None, "ModuleNotFoundError: no such peer", "exit code 3", None]
     assert (record["command"], record["commit"]) == ("made", "abc")
+    deaths = session.measure_each("work", [{"do": "die"}] * 5)
+    assert [str(result).rpartition(": ")[2] for result in deaths] == [
+        *["exit code 3"] * 3,
+        *["given up after 3 lost processes"] * 2,
+    ]
     late = session.measure_each("work", [{"do": "step"}] * 2, timeout=0.01)
     assert all("not measured within 0.01 s" in str(result) for result in late)
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "results"
 WORKER = Path(__file__).resolve().parent / "worker.py"
 SEED = 0
+BREAKS = 3  # processes lost, after which the rows that are left are given up
 
 # glibc hands large blocks back to the kernel at every free and takes page faults at every malloc: up to 3x on
 # workloads with many large temporaries, ours and the peers'. Every row keeps what it has freed.
@@ -102,10 +103,12 @@ class Session:
         """The same for several rows in one process, in their order: a GPU's process takes 10 s to start.
 
         A row that fails is kept as such and the next one follows, in a new process where this one broke off
-        (a GPU is lost to a process after an illegal access). After `timeout` seconds the rest has failed.
+        (a GPU is lost to a process after an illegal access). After `timeout` seconds, or `BREAKS` processes
+        that broke off, the rest has failed.
         """
         results: list[Measurement | RowFailed] = []
         deadline = math.inf if timeout is None else time.monotonic() + timeout
+        breaks = 0
         while len(results) < len(settings):
             rest = list(settings[len(results) :])
             left = None if timeout is None else max(deadline - time.monotonic(), 0.0)
@@ -113,8 +116,12 @@ class Session:
             missing = len(rest) - len(found)
             if time.monotonic() >= deadline:
                 found += missing * [{"error": f"not measured within {timeout:g} s"}]
-            elif missing and not (found and "error" in found[-1]):  # it was this row that ended the process
-                found.append({"error": said})
+            elif missing:
+                breaks += 1
+                if not (found and "error" in found[-1]):  # no row has told yet what ended the process
+                    found.append({"error": said})
+                if breaks == BREAKS:
+                    found += (len(rest) - len(found)) * [{"error": f"given up after {BREAKS} lost processes"}]
             for setting, outcome in zip(rest, found, strict=False):
                 row: dict[str, Any] = {
                     "workload": workload,
