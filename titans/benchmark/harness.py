@@ -8,6 +8,7 @@ that a peer can live in its own environment; nothing but torch is needed there. 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -16,11 +17,15 @@ import os
 import platform
 import re
 import statistics
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ RESULTS = ROOT / "results"
 WORKER = Path(__file__).resolve().parent / "worker.py"
 SEED = 0
 BREAKS = 3  # processes lost, after which the rows that are left are given up
+OUT_OF_TIME = "not measured: out of time"
 
 # glibc hands large blocks back to the kernel at every free and takes page faults at every malloc: up to 3x on
 # workloads with many large temporaries, ours and the peers'. Every row keeps what it has freed.
@@ -42,11 +48,15 @@ class Measurement:
     """Of one row: seconds of every repeat, and the memory that its steps took above what was there before.
 
     On a CPU peak_bytes is how far resident memory grew, on a GPU what the allocator held at most.
+    first_seconds: until the first step had ended, inputs and compilation included. facts: what the workload
+    found out about itself.
     """
 
     seconds: list[float]
     peak_bytes: int
     versions: dict[str, str]
+    first_seconds: float = 0.0
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -62,7 +72,9 @@ class Session:
     """Rows measured in one run, and everything that a reader needs to judge them.
 
     script: the file with the workloads. command: how the run was started; None: as that script.
-    commit: of the code, where git cannot tell. output: folder of the JSON file.
+    commit: of the code, where git cannot tell. output: folder of the JSON file. budget: seconds after which
+    nothing more is measured. resume: take the rows that the file has already, from the same machine and
+    commit. save_each: write the file after every row, for runs that may be cut off.
     """
 
     name: str
@@ -72,8 +84,22 @@ class Session:
     command: str | None = None
     commit: str | None = None
     output: Path = RESULTS
+    budget: float | None = None
+    resume: bool = False
+    save_each: bool = False
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    compiled: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.commit = self.commit or commit()
+        self.machine = machine(self.threads)
+        self.deadline = math.inf if self.budget is None else time.monotonic() + self.budget
+        self._known = self._stored_rows() if self.resume else {}
+
+    @property
+    def path(self) -> Path:
+        return self.output / f"{self.name}.json"
 
     def measure(
         self,
@@ -98,7 +124,7 @@ class Session:
         repeats: int = 5,
         warmup: int = 1,
         python: str = sys.executable,
-        timeout: float | None = None,
+        timeout: float = math.inf,
     ) -> list[Measurement | RowFailed]:
         """The same for several rows in one process, in their order: a GPU's process takes 10 s to start.
 
@@ -106,44 +132,51 @@ class Session:
         (a GPU is lost to a process after an illegal access). After `timeout` seconds, or `BREAKS` processes
         that broke off, the rest has failed.
         """
-        results: list[Measurement | RowFailed] = []
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        breaks = 0
-        while len(results) < len(settings):
-            rest = list(settings[len(results) :])
-            left = None if timeout is None else max(deadline - time.monotonic(), 0.0)
-            found, said = self._process(workload, rest, repeats, warmup, python, left)
-            missing = len(rest) - len(found)
+        results: dict[int, Measurement | RowFailed] = {}
+        deadline = min(time.monotonic() + timeout, self.deadline)
+
+        def add(number: int, row: dict[str, Any]) -> None:
+            self.rows.append(row)
+            results[number] = _result(row)
+            if self.save_each:
+                self.save()
+
+        for number, setting in enumerate(settings):
+            if row := self._known.get(_key(workload, setting)):
+                add(number, row)
+        processes = 0
+        while rest := [number for number in range(len(settings)) if number not in results]:
+            left = [settings[number] for number in rest]
             if time.monotonic() >= deadline:
-                found += missing * [{"error": f"not measured within {timeout:g} s"}]
-            elif missing:
-                breaks += 1
-                if not (found and "error" in found[-1]):  # no row has told yet what ended the process
-                    found.append({"error": said})
-                if breaks == BREAKS:
-                    found += (len(rest) - len(found)) * [{"error": f"given up after {BREAKS} lost processes"}]
-            for setting, outcome in zip(rest, found, strict=False):
-                row: dict[str, Any] = {
-                    "workload": workload,
-                    "settings": setting,
-                    "repeats": repeats,
-                    "warmup": warmup,
-                }
-                self.rows.append(row)
-                if "error" in outcome:
-                    row["error"] = outcome["error"]
-                    results.append(RowFailed(f"{workload} {setting}: {outcome['error']}"))
-                else:
-                    result = Measurement(**outcome)
-                    row |= {"median_seconds": result.median, **dataclasses.asdict(result)}
-                    results.append(result)
-        return results
+                outcomes = iter(len(rest) * [{"error": OUT_OF_TIME}])
+            elif processes == BREAKS:
+                outcomes = iter(len(rest) * [{"error": f"given up after {BREAKS} lost processes"}])
+            else:
+                outcomes = self._process(workload, left, repeats, warmup, python, deadline)
+                processes += 1
+            for number, outcome in zip(rest, outcomes, strict=False):
+                if "error" not in outcome:
+                    outcome = {"median_seconds": statistics.median(outcome["seconds"])} | outcome
+                row = {"workload": workload, "settings": settings[number]}
+                add(number, row | {"repeats": repeats, "warmup": warmup} | outcome)
+        return [results[number] for number in range(len(settings))]
+
+    def knows(self, workload: str, settings: dict[str, Any]) -> bool:
+        """Whether the row need not be measured again."""
+        return _key(workload, settings) in self._known
 
     def compile(
         self, workload: str, settings: Sequence[dict[str, Any]], timeout: float, **environment: str
     ) -> None:
-        """Take one step of every row and time nothing: what is compiled stays on disk for `measure_each`."""
-        self._process(workload, list(settings), 0, 1, sys.executable, timeout, **environment)
+        """Take one step of every row and time nothing: what is compiled stays on disk for `measure_each`.
+
+        How long each first step took, compilers beside it, is kept in the file.
+        """
+        deadline = min(time.monotonic() + timeout, self.deadline)
+        outcomes = self._process(workload, list(settings), 0, 1, sys.executable, deadline, **environment)
+        for setting, outcome in zip(settings, outcomes, strict=False):
+            found = {name: outcome[name] for name in ("first_seconds", "error") if name in outcome}
+            self.compiled.append({"workload": workload, "settings": setting} | found)
 
     def _process(
         self,
@@ -152,10 +185,10 @@ class Session:
         repeats: int,
         warmup: int,
         python: str,
-        timeout: float | None,
+        deadline: float,
         **environment: str,
-    ) -> tuple[list[dict[str, Any]], str]:
-        """What a fresh process found, one entry a row as far as it came, and the last line that it said."""
+    ) -> Iterator[dict[str, Any]]:
+        """What a fresh process finds, row by row. Ends early, with the error of the row that broke it."""
         job = {
             "script": str(self.script),
             "workload": workload,
@@ -167,40 +200,92 @@ class Session:
         }
         environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(self.threads), **environment}
         command = [python, str(WORKER), json.dumps(job)]
-        try:
-            run = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-            )
-        except subprocess.TimeoutExpired as expired:
-            stdout = expired.stdout or b""
-            text = stdout.decode() if isinstance(stdout, bytes) else stdout
-            return _rows(text[: text.rfind("\n") + 1]), "out of time"  # the last line may be half a row
-        said = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-        return _rows(run.stdout), said[-1]
+        outcome: dict[str, Any] = {}
+        found = 0
+        with (
+            tempfile.TemporaryFile("w+") as stderr,
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,  # compilers that it starts end with it
+            ) as process,
+        ):
+            assert process.stdout is not None
+            left = min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
+            alarm = threading.Timer(left, _kill, [process])
+            alarm.start()
+            try:
+                for line in process.stdout:
+                    # Marked, because a workload may print, too; without its end the line was cut off.
+                    if line.startswith("row ") and line.endswith("\n"):
+                        outcome = json.loads(line.removeprefix("row "))
+                        found += 1
+                        yield outcome
+                code = process.wait()
+            finally:
+                alarm.cancel()
+                _kill(process)
+            if found == len(settings) or "error" in outcome:  # this error is what ended it
+                return
+            stderr.seek(0)
+            said = stderr.read().strip().splitlines() or [f"exit code {code}"]
+        yield {"error": said[-1] if time.monotonic() < deadline else OUT_OF_TIME}
+
+    def _stored_rows(self) -> dict[str, dict[str, Any]]:
+        """Rows without an error that `path` holds from this machine and commit; their compilation, too."""
+        if not self.path.exists():
+            return {}
+        record = json.loads(self.path.read_text(encoding="utf-8"))
+        here, there = (where.get("gpu") or where for where in (self.machine, record["machine"]))
+        for what, ours, theirs in (("machine", here, there), ("commit", self.commit, record["commit"])):
+            if ours != theirs:
+                print(f"nothing kept of {self.path}: its {what} is {theirs}, this one {ours}", flush=True)
+                return {}
+        rows = [row for row in record["rows"] if "error" not in row]
+        print(f"kept of {self.path}: {len(rows)} rows", flush=True)
+        self.compiled = record.get("compiled", [])
+        return {_key(row["workload"], row["settings"]): row for row in rows}
 
     def save(self) -> Path:
         self.output.mkdir(parents=True, exist_ok=True)
-        path = self.output / f"{self.name}.json"
         record = {
             "name": self.name,
             "command": self.command or f"python {self.script.relative_to(ROOT)}",
             "options": self.options,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": self.commit or commit(),
+            "commit": self.commit,
             "seed": SEED,
-            "machine": machine(self.threads),
+            "machine": self.machine,
             "allocator": ALLOCATOR,
             "summary": self.summary,
             "rows": self.rows,
         }
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        return path
+        if self.compiled:
+            record["compiled"] = self.compiled
+        unfinished = self.path.with_suffix(".part")  # a run that is cut off leaves the file before
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(self.path)
+        return self.path
 
 
-def _rows(stdout: str) -> list[dict[str, Any]]:
-    """The worker marks its rows: a workload may print, too."""
-    marked = [line.removeprefix("row ") for line in stdout.splitlines() if line.startswith("row ")]
-    return [json.loads(line) for line in marked]
+def _kill(process: subprocess.Popen[str]) -> None:
+    """The process and those that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _key(workload: str, settings: dict[str, Any]) -> str:
+    return json.dumps([workload, settings], sort_keys=True)
+
+
+def _result(row: dict[str, Any]) -> Measurement | RowFailed:
+    if "error" in row:
+        return RowFailed(f"{row['workload']} {row['settings']}: {row['error']}")
+    return Measurement(**{field.name: row[field.name] for field in dataclasses.fields(Measurement)})
 
 
 def commit() -> str:
@@ -221,7 +306,7 @@ def machine(threads: int) -> dict[str, Any]:
     memory = None
     if meminfo.exists() and (found := re.search(r"MemTotal:\s*(\d+) kB", meminfo.read_text())):
         memory = round(int(found.group(1)) / 2**20, 1)
-    return {
+    found = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": threads,
@@ -229,6 +314,25 @@ def machine(threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
     }
+    return found | ({"gpu": card} if (card := gpu()) else {})
+
+
+def gpu() -> dict[str, str] | None:
+    """The first NVIDIA card, its driver, and the versions of what compiles for it; None without one."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    if run.returncode or run.stdout.count(", ") < 2:
+        return None
+    found = dict(zip(("name", "driver", "memory"), run.stdout.splitlines()[0].split(", "), strict=True))
+    for package in ("torch", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -70,25 +70,38 @@ def measure(
     repeats: int,
     warmup: int,
 ) -> dict[str, Any]:
-    step = workload(settings)
+    """Warm-up, then `repeats` steps. A step may have `facts`, a dictionary of what it found out."""
     on_gpu = settings.get("device") == "cuda"
-    seconds, peak = (time_on_gpu if on_gpu else time_on_cpu)(step, repeats, warmup)
-    return {"seconds": seconds, "peak_bytes": peak, "versions": versions()}
+    start = time.perf_counter()
+    step = workload(settings)
+    for number in range(warmup):
+        step()
+        if number == 0:
+            if on_gpu:
+                _wait_for_gpu()
+            first_seconds = time.perf_counter() - start
+    seconds, peak = (time_on_gpu if on_gpu else time_on_cpu)(step, repeats)
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "versions": versions(),
+        "first_seconds": first_seconds if warmup else time.perf_counter() - start,
+        "facts": getattr(step, "facts", {}),
+    }
 
 
-def time_on_cpu(step: Callable[[], object], repeats: int, warmup: int) -> tuple[list[float], int]:
+def time_on_cpu(step: Callable[[], object], repeats: int) -> tuple[list[float], int]:
     before = _resident("VmRSS")
     _forget_peak()
     seconds = []
-    for repeat in range(warmup + repeats):
+    for _ in range(repeats):
         start = time.perf_counter()
         step()
-        if repeat >= warmup:
-            seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
     return seconds, max(_resident("VmHWM") - before, 0)
 
 
-def time_on_gpu(step: Callable[[], object], repeats: int, warmup: int) -> tuple[list[float], int]:
+def time_on_gpu(step: Callable[[], object], repeats: int) -> tuple[list[float], int]:
     """Events around each step, after a buffer as large as the L2 was zeroed: inputs come from memory.
 
     Nothing waits between steps, so launching is counted only where it takes longer than the kernels. Peak
@@ -98,8 +111,6 @@ def time_on_gpu(step: Callable[[], object], repeats: int, warmup: int) -> tuple[
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     cache = torch.empty(properties.L2_cache_size, dtype=torch.int8, device="cuda")
-    for _ in range(warmup):
-        step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -114,6 +125,12 @@ def time_on_gpu(step: Callable[[], object], repeats: int, warmup: int) -> tuple[
     torch.cuda.synchronize()
     seconds = [start.elapsed_time(end) / 1e3 for start, end in events]
     return seconds, torch.cuda.max_memory_allocated() - before
+
+
+def _wait_for_gpu() -> None:
+    import torch
+
+    torch.cuda.synchronize()
 
 
 def versions() -> dict[str, str]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from titans.ops.chunked import chunked
-from titans.ops.network import apply_memory
 from titans.ops.kernels.support import unsupported
+from titans.ops.network import apply_memory
 from titans.ops.reference import reference
 from titans.ops.spec import MemorySpec, MemoryState
 from titans.ops.validation import (

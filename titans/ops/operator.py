@@ -41,9 +41,9 @@ def _like(tensors: list[Tensor]) -> list[Tensor]:
 class Operator:
     """`titans::<name>_forward` and `titans::<name>_backward`, opaque to torch.compile.
 
-    `forward(inputs, keep) -> ChunkedResult`; `backward(inputs, kept, grad_output, grad_weights, grad_momentum,
-    grad_anchor) -> ChunkedGradients`; `kept_like(inputs)`: empty tensors of the shapes of what the forward keeps
-    for the backward, from shapes alone.
+    `forward(inputs, keep) -> ChunkedResult`; `backward(inputs, kept, grad_output, grad_weights,
+    grad_momentum, grad_anchor) -> ChunkedGradients`; `kept_like(inputs)`: empty tensors of the shapes of what
+    the forward keeps for the backward, from shapes alone.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Fused GPU kernels in Triton: `impl="triton"`. Importing this module imports Triton; `support` does not.
 
-Reading order: functions.py, gates.py, linear.py, mlp_forward.py, mlp_backward.py (device code); plan.py, launch.py,
-linear_passes.py, mlp_passes.py, passes.py (what runs when).
+Reading order: functions.py, gates.py, linear.py, mlp_forward.py, mlp_backward.py, step.py (device code);
+plan.py, launch.py, linear_passes.py, mlp_passes.py, passes.py (what runs when).
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ from torch import Tensor
 from titans.ops.spec import MemoryState
 
 
-def fused(*arguments: Any) -> tuple[Tensor, MemoryState]:
+def fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    log_decay: Tensor,
+    log_momentum: Tensor | None,
+    state: MemoryState,
+    *others: Any,
+) -> tuple[Tensor, MemoryState]:
     """`neural_memory` by the kernels; registers their operators at the first call."""
     from titans.ops.kernels import registration  # noqa: F401
     from titans.ops.operator import run_operator
 
-    return run_operator("triton", *arguments)
+    return run_operator("triton", q, k, v, theta, log_decay, log_momentum, state, *others)

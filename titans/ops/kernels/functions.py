@@ -1,7 +1,7 @@
 """Device functions that several kernels share.
 
-Names: C tokens of a chunk, D width of a head, F hidden width. Matrices of gates are `[t, s]`, t >= s: what the
-write of token s still weighs at token t.
+Names: C tokens of a chunk, D width of a head, F hidden width. Matrices of gates are `[t, s]`, t >= s: what
+the write of token s still weighs at token t.
 """
 
 import triton
@@ -56,8 +56,8 @@ def matmul_add(a, b, total, PRECISION: tl.constexpr):
 def products(log_gate, C: tl.constexpr, EXACT: tl.constexpr):
     """exp(sum of log_gate over s < j <= t), `[t, s]`, 0 above the diagonal.
 
-    EXACT sums for every s on its own. Differences of one running sum cost a fourth of the time in `gate_vectors`
-    and are good to 6e-8 of the sum; -inf is taken as -100 (exp: 4e-44), or it would make NaN.
+    EXACT sums for every s on its own. Differences of one running sum cost a fourth of the time in
+    `gate_vectors` and are good to 6e-8 of the sum; -inf is taken as -100 (exp: 4e-44), or it would make NaN.
     """
     t = tl.arange(0, C)[:, None]
     s = tl.arange(0, C)[None, :]
@@ -66,7 +66,7 @@ def products(log_gate, C: tl.constexpr, EXACT: tl.constexpr):
     else:
         running = tl.cumsum(tl.maximum(log_gate, -100.0), 0)
         total = running[:, None] - running[None, :]
-    return tl.where(t >= s, tl.exp(total), 0.0)
+    return tl.exp(tl.where(t >= s, total, float("-inf")))
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def products_transposed(log_gate, C: tl.constexpr, EXACT: tl.constexpr):
     else:
         running = tl.cumsum(tl.maximum(log_gate, -100.0), 0)
         total = running[None, :] - running[:, None]
-    return tl.where(t >= s, tl.exp(total), 0.0)
+    return tl.exp(tl.where(t >= s, total, float("-inf")))
 
 
 @triton.jit

@@ -1,12 +1,13 @@
 """Gates of a chunk as vectors (forward) and the gradients of the gates from those of the vectors (backward).
 
-With a_t = exp(log_decay_t), e_t = exp(log_momentum_t), B[t,s] = a_{s+1} .. a_t, H[s,i] = e_{i+1} .. e_s, A = B H:
+With a_t = exp(log_decay_t), e_t = exp(log_momentum_t), B[t,s] = a_{s+1} .. a_t, H[s,i] = e_{i+1} .. e_s, A =
+B H:
 
     W_t = beta_t W_0 + c_t S_0 - sum_i A[t,i] theta_i grad_i        beta_t = B[t,0]   c_t = sum_s B[t,s] m_s
     S_t = m_t S_0              - sum_i H[t,i] theta_i grad_i        m_s = H[s,0]
 
-Gradients never divide by a gate: with X = dB o B, the gradient of log a_t is a sum of X's rows minus one of its
-columns, and the same for H (derivation: docs/decisions.md, "Gate gradients of the kernels").
+Gradients never divide by a gate: with X = dB o B, the gradient of log a_t is a sum of X's rows minus one of
+its columns, and the same for H (derivation: docs/decisions.md, "Gate gradients of the kernels").
 """
 
 import triton
@@ -84,8 +85,8 @@ def gate_vectors(
 
 @triton.jit
 def read_gate_gradients(
-    grad_mix_CC, grad_feed, grad_row, vectors, out, real, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr
-):  # fmt: skip
+    grad_mix_CC, grad_feed, grad_row, vectors, out, real, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT:
+    tl.constexpr ):  # fmt: skip
     """From the reads of one layer: grad_mix is that of A theta `[t, i]`, grad_feed that of c,
     grad_row `<gradient of the read at t, what it read>`."""
     slots = tl.arange(0, C)
@@ -116,8 +117,8 @@ def finish_gate_gradients(
     vectors, theta_out, decay_out, momentum_out, at, real, last,
     C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the carry's share (its gates are those of the chunk's last token) and stores the gradients of theta,
-    log_decay and log_momentum at `at`. grad_last_W and grad_last_S include theta: they are gradients of
+    """Adds the carry's share (its gates are those of the chunk's last token) and stores the gradients of
+    theta, log_decay and log_momentum at `at`. grad_last_W and grad_last_S are gradients of
     theta A[last, :] and theta H[last, :]; the three scalars are those of END."""
     slots = tl.arange(0, C)
     theta = tl.load(vectors + THETA * C + slots)

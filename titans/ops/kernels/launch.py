@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -77,11 +77,16 @@ class Call:
 
     @cached_property
     def grads(self) -> TokenGradients:
-        like = (self.q, self.k, self.v, self.theta, self.log_decay)
-        momentum = torch.empty_like(self.log_momentum) if self.momentum else self.log_momentum
-        rows = (self.plan.rows, self.H, self.D)
-        affine = [torch.zeros(shape, device=self.q.device) for shape in (rows[1:], rows[1:], rows, rows)]
-        return TokenGradients(*(torch.empty_like(tensor) for tensor in like), momentum, *affine)
+        q, k, v, theta, log_decay = map(
+            torch.empty_like, (self.q, self.k, self.v, self.theta, self.log_decay)
+        )
+        log_momentum = torch.empty_like(self.log_momentum) if self.momentum else self.log_momentum
+        zeros = partial(torch.zeros, device=self.q.device)
+        rows, H, D = self.plan.rows, self.H, self.D
+        return TokenGradients(
+            *(q, k, v, theta, log_decay, log_momentum),
+            *(zeros(H, D), zeros(H, D), zeros(rows, H, D), zeros(rows, H, D)),
+        )
 
     def gate_vectors(self, group: tuple[int, int]) -> Tensor:
         """`[sets, cells, H, ROWS, C]`, see `functions.py`."""

@@ -8,8 +8,10 @@
 
 The serial ones hold a slice of value columns, which are independent, in registers; the parallel ones have one
 program for each (cell, head). Tiles in memory, all of a group of cells: states `[cells + rows, H, D, D]` (the
-last `rows` are the anchors of first chunks), G `[cells, H, C, D]`. `kernels.md`-style formulas: docs/decisions.md.
-A value that came out of a product is never transposed in registers: Triton 3.4 to 3.7 miscompiles that on Hopper.
+last `rows` are the anchors of first chunks), G `[cells, H, C, D]`. `kernels.md`-style formulas:
+docs/decisions.md.
+A value that came out of a product is never transposed in registers: Triton 3.4 to 3.7 miscompiles that on
+Hopper.
 """
 
 import triton
@@ -148,8 +150,8 @@ def linear_read_backward(
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cells, H). Writes grad_q, the reads' parts of grad_k, grad_G `[cells, H, C, D]`, grad_W and grad_S
-    `[cells, H, D, D]` and `gate_parts [cells, H, 3, C]`."""
+    """Grid (cells, H). Writes grad_q, the reads' parts of grad_k, grad_G `[cells, H, C, D]`, grad_W and
+    grad_S `[cells, H, D, D]` and `gate_parts [cells, H, 3, C]`."""
     cell, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
@@ -223,8 +225,10 @@ def linear_write_backward(
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (D / BV, rows x H), from the last chunk to the first. grad_W and grad_S hold the reads' parts, grad_G is
-    completed, grad_W_end and grad_S_end get the gradients of the state at the chunk's end (buffers of their own:
+    """Grid (D / BV, rows x H), from the last chunk to the first. grad_W and grad_S hold the reads' parts,
+    grad_G is
+    completed, grad_W_end and grad_S_end get the gradients of the state at the chunk's end (buffers of their
+    own:
     threads of a program may store an element before others have loaded it); the `*_state` and `*_anchor` are
     `[rows, H, D, D]` fp32."""
     row, head = tl.program_id(1) // H, tl.program_id(1) % H

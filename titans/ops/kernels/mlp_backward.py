@@ -44,8 +44,8 @@ def mlp_read_backward_2(
     Z1_in, G1_in, G2_in, grad_Z2, mixed1_out, mixed2_out, grad_scores2, gate_parts2, grad_gain, grad_bias,
     num_rows, group_start, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
-    NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, PRECISION:
+    tl.constexpr, ):  # fmt: skip
     """Grid (cells, H). Stores what the next kernel must load transposed: the gradient of the reads' Z2
     `[cells, H, C, D]`, both layers' -(A theta o scores) and the gradient of the second's scores
     `[cells, H, C, C]`."""
@@ -131,8 +131,9 @@ def mlp_read_backward_1(
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cells, H). What the reads alone give: grad_q; of the keys (`grad_K_reads [cells, H, D, C]`), of the
-    written hidden rows and G1 `[cells, H, C, F]`, of G2, of the states at the chunk's start and of the gates."""
+    """Grid (cells, H). What the reads alone give: grad_q; of the keys (`grad_K_reads [cells, H, D, C]`), of
+    the written hidden rows and G1 `[cells, H, C, F]`, of G2, of the states at the chunk's start and of the
+    gates."""
     cell, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
@@ -407,8 +408,8 @@ def mlp_finish(
     grad_theta, grad_log_decay, grad_log_momentum,
     num_rows, group_start, group_end, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, PRECISION:
+    tl.constexpr, ):  # fmt: skip
     """Grid (cells, H): grad_k and the gradients of the gates `[B, T, H, 1 or 2]` fp32."""
     cell, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(cell_row + group_start + cell)
@@ -500,5 +501,5 @@ def mlp_finish(
         )  # fmt: skip
         finish_gate_gradients(
             theta_part2, row_part2, column_part2, last_W2, last_S2, dW_W2, dW_S2, dS_S2,
-            gates2, grad_theta, grad_log_decay, grad_log_momentum, out * 2 + 1, real, last, C, MOMENTUM, EXACT,
-        )  # fmt: skip
+            gates2, grad_theta, grad_log_decay, grad_log_momentum, out * 2 + 1, real, last, C, MOMENTUM,
+            EXACT, )  # fmt: skip

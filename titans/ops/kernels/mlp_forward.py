@@ -3,10 +3,13 @@
     write   serial    the inner gradient of a chunk at its anchor, then the state at the next chunk's start
     read    parallel  queries through the memory as it is after each token
 
-W2 is held transposed, so both layers are `[D, F]` and no value that came out of a product is ever the transposed
-first operand of another (Triton 3.4 to 3.7 miscompiles that on Hopper). The hidden width is walked in blocks of BF
+W2 is held transposed, so both layers are `[D, F]` and no value that came out of a product is ever the
+transposed
+first operand of another (Triton 3.4 to 3.7 miscompiles that on Hopper). The hidden width is walked in blocks
+of BF
 columns. Where it is a single block the state stays in registers (RESIDENT); otherwise it is read and written
-block by block: 8 D F x 4 bytes a chunk, from L2 as long as the rows in flight fit there (132 x 256 KB at D 64, F 256).
+block by block: 8 D F x 4 bytes a chunk, from L2 as long as the rows in flight fit there (132 x 256 KB at D
+64, F 256).
 
 Tiles of a group: states `[cells + rows, H, D, F]` (the last `rows`: anchors of first chunks), Z1 and G1
 `[cells, H, C, F]`, G2 and the normalised output `[cells, H, C, D]`, rstd `[cells, H, C]` fp32.
@@ -38,8 +41,8 @@ from titans.ops.kernels.functions import (
 @triton.jit
 def mlp_write(
     k, v, gain, bias, vectors1, vectors2, table, W1_state, S1_state, W2_state, S2_state,
-    first1, first2, end1, end2, W1_start, S1_start, W2_start, S2_start, Z1_out, G1_out, G2_out, normed_out, rstd_out,
-    num_rows, group_start, group_end, stride,
+    first1, first2, end1, end2, W1_start, S1_start, W2_start, S2_start, Z1_out, G1_out, G2_out, normed_out,
+    rstd_out, num_rows, group_start, group_end, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,8 +180,8 @@ def mlp_read(
     Z1_in, G1_in, G2_in,
     num_rows, group_start, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT:
+    tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cells, H). SHARED: both layers have the same gates."""
     cell, head = tl.program_id(0), tl.program_id(1)
@@ -231,7 +234,7 @@ def mlp_read(
     G2_CD = tl.load(G2_in + at * C * D + slots[:, None] * D + of_D[None, :])
     Z2_CD = matmul_add((-weights2_CC * scores2_CC).to(dtype), G2_CD, Z2_CD, PRECISION)
     if NORM:
-        normed, rstd = normalize(Z2_CD, D)
+        normed, _ = normalize(Z2_CD, D)
         Z2_CD = tl.load(gain + head * D + of_D)[None, :] * normed + tl.load(bias + head * D + of_D)[None, :]
     if RESIDUAL:
         Z2_CD += Q_CD.to(tl.float32)

@@ -98,8 +98,9 @@ class MLPGroup:
         call = self.call
         (W1, W2), (S1, S2) = weights, momentum or weights
         mlp_write[(call.plan.rows * call.H,)](
-            call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table, W1, S1, W2, S2, *first, *end,
-            *self.states, self.Z1, self.G1, self.G2, self.normed, self.rstd, *self._serial(), *self._sizes(WRITE),
+            call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table,
+            W1, S1, W2, S2, *first, *end, *self.states, self.Z1, self.G1, self.G2, self.normed, self.rstd,
+            *self._serial(), *self._sizes(WRITE),
             call.spec.residual, call.spec.norm, call.momentum, call.precision, **WRITE.options,
         )  # fmt: skip
 

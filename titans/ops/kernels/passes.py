@@ -1,9 +1,11 @@
 """Forward and backward over the groups of cells.
 
-A group is as many cells as fit a budget of scratch memory. The forward walks the groups once: the serial write
-leaves the state at every chunk's start, the reads of the whole group follow in parallel. Only the state at every
-group's start is kept; the backward walks the groups from the last, writes each again, then takes reads and writes
-back.
+A group is as many cells as fit a budget of scratch memory. The forward walks the groups once: the serial
+write
+leaves the state at every chunk's start, the reads of the whole group follow in parallel. Only the state at
+every
+group's start is kept; the backward walks the groups from the last, writes each again, then takes reads and
+writes back.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def kept_groups(x: ChunkedInputs) -> int:
 
 
 def _to_kernel(tensors: Tensors) -> Tensors:
-    """Layers after the first are held transposed, `[D, F]` like the first: copies that kernels may overwrite."""
+    """Layers after the first are held transposed, `[D, F]` like the first; copies, to be overwritten."""
     return [
         (tensor if layer == 0 else tensor.mT).clone(memory_format=torch.contiguous_format)
         for layer, tensor in enumerate(tensors)
@@ -87,7 +89,7 @@ def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
         buffers.write(weights, momentum, first, end)
         buffers.read(output)
     anchor = _where(plan.closes, weights, end)
-    return ChunkedResult(output, *(_from_kernel(tensors) for tensors in (weights, momentum, anchor)), kept)
+    return ChunkedResult(output, _from_kernel(weights), _from_kernel(momentum), _from_kernel(anchor), kept)
 
 
 def backward_pass(

@@ -1,9 +1,11 @@
-"""Where the tokens, chunks and documents of a call lie: one description for dense batches and packed documents.
+"""Where the tokens, chunks and documents of a call lie: one description for dense batches and packed
+documents.
 
-A cell is one chunk of one row (a sequence of the batch, or a packed document). Cells are numbered step by step
+A cell is one chunk of one row (a sequence of the batch, or a packed document). Cells are numbered step by
+step
 in a dense batch (all rows advance together) and row by row in packed documents. Kernels work on groups of
-consecutive cells, which bounds the memory that a pass needs. Nothing here waits for the device: sizes follow from
-shapes alone, so some cells may turn out to be empty.
+consecutive cells, which bounds the memory that a pass needs. Nothing here waits for the device: sizes follow
+from shapes alone, so some cells may turn out to be empty.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Plan:
     """table `[5, rows]` int64: first token, end, first slot of chunk 0 (before the first token where the row
-    starts inside a chunk), first cell, chunks. cell_row `[cells]` int32. stride: cells from one chunk of a row to
-    the next."""
+    starts inside a chunk), first cell, chunks. cell_row `[cells]` int32. stride: cells from one chunk of a
+    row to the next."""
 
     table: Tensor
     cell_row: Tensor

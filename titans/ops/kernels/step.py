@@ -31,7 +31,8 @@ from titans.ops.kernels.support import CHUNKS, unsupported
 from titans.ops.spec import MemorySpec, MemoryState
 from titans.ops.validation import check_memory_inputs
 
-MLP = Launch(warps=8, block=32)  # block: hidden units of a program
+# On an H200, 24 layers of 16 heads x 64, F = 256, batch 1, one graph: 173 us; 8 warps 221, block 16 211.
+MLP = Launch(warps=4, block=32)  # block: hidden units of a program
 LINEAR = Launch(warps=4, block=16)  # block: value columns of a program
 FINISH = Launch(warps=2)
 
