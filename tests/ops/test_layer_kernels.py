@@ -96,7 +96,7 @@ def test_half_precision_agrees(dtype):
 
 
 def test_mixed_dtypes_of_autocast():
-    """Half-precision streams with fp32 parameters: results and gradients have the dtypes of what they belong to."""
+    """Half-precision streams, fp32 parameters: results and gradients have the dtypes of their tensors."""
     x, tail, _ = conv_arguments((2, 5, 2, 16), torch.float16)
     weight = draw(32, 4)
     y, next_tail = conv_silu(x, tail.float(), weight, 2, True)

@@ -1,6 +1,7 @@
-"""What surrounds the memory in its layer, fused: registered operators with gradients, opaque to torch.compile.
+"""What surrounds the memory in its layer, fused: registered operators with gradients.
 
-`titans.nn` decides when to call them. Not differentiable twice.
+Opaque to torch.compile: a compiled layer keeps one graph. `titans.nn` decides when to call them. Not
+differentiable twice.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ For every head's channels, w the taps and eps inside the root as in `titans.nn.n
     y_t = silu(z_t)
     out_t = y_t / sqrt(|y_t|^2 + eps)                          UNIT; otherwise y_t
 
-Plain PyTorch passes over the stream about twenty times (a sum of shifted products, then the norm in fp32); here
-the forward reads x and writes out, and the backward reads x and the gradient and writes the gradient of x.
+Plain PyTorch passes over the stream about twenty times (a sum of shifted products, then the norm in fp32);
+here the forward reads x and writes out, and the backward reads x and the gradient and writes that of x.
 Sums are fp32 whatever the dtype. Nothing is kept but the inputs.
 """
 
@@ -70,7 +70,7 @@ def conv_backward(
     H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
     UNIT: tl.constexpr, EPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B x blocks of BT tokens x blocks of BH heads). grad_weight: fp32 `[B x blocks, C, 4]`, one part each.
+    """Grid (B x blocks of BT tokens x blocks of BH heads). grad_weight: fp32 `[B x blocks, 4, C]`, parts.
 
     Walks over its tokens and the three after them with the last four x and gradients of z in registers: x_t
     enters z_t .. z_{t+3}, so the gradient of x_t is complete at step t + 3.
@@ -84,7 +84,8 @@ def conv_backward(
     real = (heads < H) & (d < D)
     blocks = tl.maximum(tl.cdiv(T, BT), 1)
     row = block // blocks
-    start = (block % blocks) * BT
+    # A tile of one: the interpreter (3.9) cannot combine the comparison of a scalar with a mask.
+    start = (block % blocks) * BT + tl.zeros([1, 1], tl.int64)
     x += row * T * C
     grad += row * T * C
     grad_x += row * T * C
@@ -117,22 +118,22 @@ def conv_backward(
             y_unit = y * scale
             dy = scale * (dy - y_unit * tl.sum(dy * y_unit, 1, keep_dims=True))
         dz3 = dy * (gate + y * (1.0 - gate))
-        own = tl.where(step < BT, dz3, 0.0)  # the tokens after belong to the next block's part
+        own = tl.where(t < start + BT, dz3, 0.0)  # the tokens after belong to the next block's part
         dw0 += own * x0
         dw1 += own * x1
         dw2 += own * x2
         dw3 += own * x3
         dx = w3 * dz0 + w2 * dz1 + w1 * dz2 + w0 * dz3
         done = t - 3
-        tl.store(grad_x + done * C + channel, dx, mask=real & (step >= 3) & (done < T))
-        tl.store(grad_tail + t * C + channel, dx, mask=real & (t < 3))  # what came before the row's first token
+        tl.store(grad_x + done * C + channel, dx, mask=real & (done >= start) & (done < T))
+        tl.store(grad_tail + t * C + channel, dx, mask=real & (t < 3))  # before the row's first token
         x0, x1, x2 = x1, x2, x3
         dz0, dz1, dz2 = dz1, dz2, dz3
-    grad_weight += block * C * 4
-    tl.store(grad_weight + channel * 4, dw0, mask=real)
-    tl.store(grad_weight + channel * 4 + 1, dw1, mask=real)
-    tl.store(grad_weight + channel * 4 + 2, dw2, mask=real)
-    tl.store(grad_weight + channel * 4 + 3, dw3, mask=real)
+    grad_weight += block * 4 * C
+    tl.store(grad_weight + channel, dw0, mask=real)
+    tl.store(grad_weight + C + channel, dw1, mask=real)
+    tl.store(grad_weight + 2 * C + channel, dw2, mask=real)
+    tl.store(grad_weight + 3 * C + channel, dw3, mask=real)
 
 
 def _blocks(tokens: int, size: int) -> int:
@@ -164,10 +165,11 @@ def run_backward(
     BH = min(triton.next_power_of_2(heads), max(1, BACKWARD.block // BD))
     blocks = B * _blocks(T, TOKENS)
     grad_x, grad_tail = x.new_empty(x.shape), tail.new_empty(tail.shape)
-    parts = x.new_empty((blocks, *weight.shape), dtype=torch.float32)
+    parts = x.new_empty((blocks, WIDTH, C), dtype=torch.float32)
     with torch.cuda.device_of(x):
         conv_backward[(blocks * triton.cdiv(heads, BH),)](
-            x.contiguous(), tail.contiguous(), weight.contiguous(), grad.contiguous(), grad_x, grad_tail, parts, T,
+            x.contiguous(), tail.contiguous(), weight.contiguous(), grad.contiguous(),
+            grad_x, grad_tail, parts, T,
             heads, D, BH, BD, TOKENS, unit, EPS, BACKWARD.stages, **BACKWARD.options,
         )  # fmt: skip
-    return grad_x, grad_tail, parts.sum(0).to(weight.dtype)
+    return grad_x, grad_tail, parts.sum(0).T.to(weight.dtype, memory_format=torch.contiguous_format)

@@ -272,7 +272,7 @@ def memory_step(
     compiles) the step can be captured in a CUDA graph and replayed.
 
     Args:
-        q, k, v: `[B, 1, H, D]`, float16, bfloat16 or float32; D in 16, 32, 64, 128.
+        q, k, v: `[B, 1, H, D]`, float16, bfloat16 or float32; widths as in `support.py`.
         theta, log_decay, log_momentum: `[B, 1, H]` or `[B, 1, H, L]`; `-inf` is legal in the logs.
         state: fp32, as `neural_memory` returns it; rows may be at different positions.
         spec: depth 1 without norm, or depth 2 with expansion 1, 2 or 4.
