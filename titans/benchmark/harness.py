@@ -16,8 +16,8 @@ import math
 import os
 import platform
 import re
-import statistics
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -148,7 +148,7 @@ class Session:
         while rest := [number for number in range(len(settings)) if number not in results]:
             left = [settings[number] for number in rest]
             if time.monotonic() >= deadline:
-                outcomes = iter(len(rest) * [{"error": OUT_OF_TIME}])
+                outcomes: Iterator[dict[str, Any]] = iter(len(rest) * [{"error": OUT_OF_TIME}])
             elif processes == BREAKS:
                 outcomes = iter(len(rest) * [{"error": f"given up after {BREAKS} lost processes"}])
             else:
@@ -306,7 +306,7 @@ def machine(threads: int) -> dict[str, Any]:
     memory = None
     if meminfo.exists() and (found := re.search(r"MemTotal:\s*(\d+) kB", meminfo.read_text())):
         memory = round(int(found.group(1)) / 2**20, 1)
-    found = {
+    described = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": threads,
@@ -314,7 +314,8 @@ def machine(threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
     }
-    return found | ({"gpu": card} if (card := gpu()) else {})
+    card = gpu()
+    return described if card is None else described | {"gpu": card}
 
 
 def gpu() -> dict[str, str] | None:

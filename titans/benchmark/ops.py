@@ -52,6 +52,46 @@ def our_op(settings: dict[str, Any]) -> Step:
     return _step(op, [q, k, v, *gates.values(), *weights], settings)
 
 
+def decode_step(settings: dict[str, Any]) -> Step:
+    """One token through `layers` memories, every state written in place; on a GPU one CUDA graph replayed.
+
+    Layers run one after another, as they do in a model, and each owns its state.
+    """
+    from titans.nn.memory import input_power
+    from titans.ops import MemorySpec, MemoryState
+    from titans.ops.kernels.step import memory_step, own_memory
+
+    spec = MemorySpec(dim=settings["dim"], depth=settings["depth"], expansion=settings["expansion"])
+    q, k, v = _queries_keys_values(settings)
+    gates = {"theta": _gate(settings, *THETA), "log_decay": _gate(settings, 1.1 * LOG_DECAY, 0.9 * LOG_DECAY)}
+    gates["log_momentum"] = _gate(settings, 1.1 * LOG_MOMENTUM, 0.9 * LOG_MOMENTUM)
+    states = []
+    for _ in range(settings["layers"]):
+        weights = tuple(
+            torch.randn(settings["heads"], *shape, device=settings["device"]) / math.sqrt(power)
+            for shape, power in zip(spec.layer_shapes, input_power(spec), strict=True)
+        )
+        states.append(own_memory(MemoryState.initial(weights, settings["batch"])))
+
+    @torch.no_grad()
+    def token() -> None:
+        for state in states:
+            memory_step(
+                q, k, v, **gates, state=state, spec=spec, chunk_size=settings["chunk_size"], in_place=True
+            )
+
+    if settings["device"] != "cuda":
+        return token
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compiles, which a capture must not
+        token()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token()
+    return graph.replay
+
+
 def gated_deltanet(settings: dict[str, Any]) -> Step:
     """Gated DeltaNet of flash-linear-attention. Where its backward refuses to run, the refusal is taken out.
 

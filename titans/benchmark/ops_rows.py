@@ -56,6 +56,18 @@ _CHUNKED = {
     )
     for name in ("linear", "mlp4")
 }
+# One token through the memories of 24 layers; a row of its own shape.
+DECODE = {
+    "decode-mlp4": Row(
+        "decode_step",
+        _memory(2, 4, 16) | {"layers": 24},
+        shapes=((1, 1),),
+        first_heads=True,
+        passes=("forward",),
+        repeats=100,
+        warmup=10,
+    )
+}
 # Layer against layer. The peer's exact setting holds the fast weights of every token: about 2.6 MB a token
 # and head, so 43 GB at (1, 1024) with 16 heads, and (4, 2048) cannot fit any card.
 _LUCIDRAINS = _memory(2, 4, 64)
@@ -82,8 +94,7 @@ LAYERS = {
         passes=("both",),
     ),
 }
-ROWS = {PEER: Row("gated_deltanet"), "attention": Row("attention"), **OURS, **_CHUNKED, **LAYERS}
-DEFAULT_ROWS = tuple(name for name in ROWS if name not in LAYERS)
+ROWS = {PEER: Row("gated_deltanet"), "attention": Row("attention"), **OURS, **DECODE, **_CHUNKED, **LAYERS}
 
 # Upper limits on the time of forward and backward over Gated DeltaNet's, by the number of sequences.
 TIME_TARGETS = {
@@ -95,6 +106,8 @@ MEMORY_TARGETS = {"linear-c64": 1.5, "mlp4-c64": 2.5}
 CHUNK_16_TARGET = 2.0  # over the same memory at chunk 64
 FLOOR_TARGET = 3.0  # over the byte floor: the linear memory, 16 sequences
 LUCIDRAINS_TARGET = 200.0  # times faster
+DECODE_TARGET = 3.0  # over reading and writing the state once, at this rate
+DECODE_RATE = 4.0  # TB/s
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,8 @@ def measure(session: Session, plan: Plan, names: Sequence[str], compile_jobs: in
     if PEER in names:
         session.summary["note"] = (
             "Gated DeltaNet's backward was timed with its guard taken out: on Hopper with Triton 3.4 to "
-            "3.7.0 it refuses to run because its gradients are wrong there (timing only)."
+            "3.7.0 it refuses to run because its gradients are wrong there (timing only; TileLang, its other "
+            "way there, was not used)."
         )
     found: Found = {}
     for (workload, _, _, repeats, warmup), together in groupby(names, _process_of):
@@ -150,7 +164,9 @@ def measure(session: Session, plan: Plan, names: Sequence[str], compile_jobs: in
         )
         for (name, setting), result in zip(jobs, results, strict=True):
             found[name, _shape(setting), setting["passes"]] = result
-        session.summary["table"] = summarise(found, session.summary.get("copy_terabytes_per_second"))
+        session.summary["table"] = summarise(
+            found, session.summary.get("copy_terabytes_per_second"), first_seconds(session)
+        )
         session.save()
         failed = [result for result in results if isinstance(result, RowFailed)]
         note = f", {len(failed)} failed: {failed[0]}" if failed else ""
@@ -172,26 +188,51 @@ def _compile(session: Session, plan: Plan, names: Sequence[str], jobs: int) -> N
     """
     if jobs < 2:
         return
-    print("compiling", flush=True)
+    waiting: list[tuple[str, list[dict[str, Any]]]] = []
+    for name in names:
+        row = ROWS[name]
+        if name != PEER and not (name in OURS and plan.impl == "triton"):
+            continue
+        for heads in plan.heads:
+            settings = [
+                setting
+                for setting in replace(plan, heads=(heads,)).settings(row)
+                if setting["passes"] == "both" and not session.knows(row.workload, setting)
+            ]
+            if settings:
+                waiting.append((row.workload, settings))
+    if not waiting:
+        return
+    print(f"compiling, {jobs} processes at a time", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        for name in names:
-            row = ROWS[name]
-            if name != PEER and not (name in OURS and plan.impl == "triton"):
-                continue
-            for heads in plan.heads:
-                settings = [
-                    setting
-                    for setting in replace(plan, heads=(heads,)).settings(row)
-                    if setting["passes"] == "both"
-                ]
-                pool.submit(session.compile, row.workload, settings, TIMEOUT, FLA_CACHE_RESULTS="0")
+        for workload, settings in waiting:
+            pool.submit(session.compile, workload, settings, TIMEOUT, FLA_CACHE_RESULTS="0")
 
 
 def _shape(setting: dict[str, Any]) -> Shape:
     return setting["batch"], setting["tokens"], setting["heads"], setting["dim"]
 
 
-def summarise(found: Found, copy_rate: float | None) -> list[dict[str, Any]]:
+def first_seconds(session: Session) -> dict[str, float]:
+    """What the first forward and backward took before anything was compiled, by `_first_key`.
+
+    A process compiles its first row; the others of the same widths find the kernels.
+    """
+    found: dict[str, float] = {}
+    for row in session.compiled:
+        if "first_seconds" in row:
+            found.setdefault(_first_key(row["workload"], row["settings"]), row["first_seconds"])
+    return found
+
+
+def _first_key(workload: str, setting: dict[str, Any]) -> str:
+    names = ("heads", "dim", "depth", "expansion", "chunk_size")
+    return " ".join([workload, *(str(setting.get(name)) for name in names)])
+
+
+def summarise(
+    found: Found, copy_rate: float | None, first: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
     """One entry a row and shape: milliseconds, peak memory, both over Gated DeltaNet's, and the targets.
 
     A failed measurement leaves its number None and its message in "error". Targets are those of a GPU:
@@ -219,16 +260,22 @@ def summarise(found: Found, copy_rate: float | None) -> list[dict[str, Any]]:
             "ratio": _over(both, peer),
             "peak_gb": peak,
             "peak_ratio": _over(peak, peer_peak),
+            "terabytes_per_second": None,
+            "first_seconds": (first or {}).get(
+                _first_key(ROWS[name].workload, ROWS[name].settings | {"heads": heads, "dim": dim})
+            ),
             "error": next((str(error) for error in errors if isinstance(error, RowFailed)), None),
             "targets": [],
         }
+        if (counted := least_bytes(name, shape)) is not None:
+            seconds = both if name in OURS else entry["forward_ms"]
+            entry["terabytes_per_second"] = _over(counted / 1e9, seconds)
         if copy_rate is not None:
             sibling = value(name.replace("-c16", "-c64"), shape, "both", _milliseconds)
             ours = value("layer-mlp4-c64", shape, "both", _milliseconds)
-            floor = byte_floor(shape, 64) / copy_rate / 1e9
             entry["targets"] = [
                 {"what": what, "limit": limit, "value": got, "met": got <= limit}
-                for what, limit, got in _targets(entry, sibling, ours, floor)
+                for what, limit, got in _targets(entry, sibling, ours, copy_rate)
                 if got is not None
             ]
         entries.append(entry)
@@ -236,7 +283,7 @@ def summarise(found: Found, copy_rate: float | None) -> list[dict[str, Any]]:
 
 
 def _targets(
-    entry: dict[str, Any], sibling: float | None, our_layer: float | None, floor: float
+    entry: dict[str, Any], sibling: float | None, our_layer: float | None, copy_rate: float
 ) -> Iterator[tuple[str, float, float | None]]:
     """What was asked of this row: name, upper limit, and what came."""
     name, batch = entry["row"], entry["batch"]
@@ -245,21 +292,32 @@ def _targets(
     if name in MEMORY_TARGETS:
         yield "memory", MEMORY_TARGETS[name], entry["peak_ratio"]
     if name == "linear-c64" and batch == 16:
-        yield "byte floor", FLOOR_TARGET, _over(entry["both_ms"], floor)
+        yield "byte floor", FLOOR_TARGET, _over(copy_rate, entry["terabytes_per_second"])
     if name.endswith("-c16"):
         yield "chunk 64", CHUNK_16_TARGET, _over(entry["both_ms"], sibling)
-    if name == "lucidrains":
+    if name.startswith("lucidrains"):
         yield "our layer / it", 1 / LUCIDRAINS_TARGET, _over(our_layer, entry["both_ms"])
+    if name == "decode-mlp4":
+        yield "byte floor", DECODE_TARGET, _over(DECODE_RATE, entry["terabytes_per_second"])
 
 
-def byte_floor(shape: Shape, chunk_size: int) -> float:
-    """Bytes that forward and backward of the linear memory move at least, states of chunks in bf16.
+def least_bytes(name: str, shape: Shape) -> float | None:
+    """Bytes that a row moves at least; None where nobody counted them.
 
-    Per token and head 14 D + 8 D^2 / C + 68 forward and 44 D + 16 D^2 / C + 8 C + 130 backward.
+    Forward and backward of the linear memory, states of chunks in bf16: per token and head
+    14 D + 8 D^2 / C + 68 forward and 44 D + 16 D^2 / C + 8 C + 130 backward. A decoding step: weights and
+    momentum read and written, the anchor read, all in fp32.
     """
     batch, tokens, heads, dim = shape
-    per_token = 58 * dim + 24 * dim * dim / chunk_size + 8 * chunk_size + 198
-    return batch * tokens * heads * per_token
+    settings = ROWS[name].settings
+    if name in ("linear-c64", "linear-c16"):
+        chunk_size = settings["chunk_size"]
+        per_token = 58 * dim + 24 * dim * dim / chunk_size + 8 * chunk_size + 198
+        return batch * tokens * heads * per_token
+    if name == "decode-mlp4":
+        matrices = 2 * dim * dim * settings["expansion"]
+        return batch * heads * settings["layers"] * matrices * 4 * (2 + 2 + 1)
+    return None
 
 
 def _milliseconds(result: Measurement) -> float:
@@ -274,15 +332,31 @@ def _over(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
-COLUMNS = ["row", "shape", "fwd ms", "fwd + bwd ms", "/ GDN", "peak GB", "/ GDN", "targets"]
+COLUMNS = [
+    "row",
+    "shape",
+    "fwd ms",
+    "fwd + bwd ms",
+    "/ GDN",
+    "peak GB",
+    "/ GDN",
+    "TB/s",
+    "first s",
+    "targets",
+]
+NUMBERS = {
+    "forward_ms": ".2f",
+    "both_ms": ".2f",
+    "ratio": ".2f",
+    "peak_gb": ".2f",
+    "peak_ratio": ".2f",
+    "terabytes_per_second": ".2f",
+    "first_seconds": ".0f",
+}
 
 
 def cells(entry: dict[str, Any]) -> list[str]:
     """An entry of the summary as a line of the table under COLUMNS."""
-
-    def number(name: str, form: str) -> str:
-        return "" if entry[name] is None else format(entry[name], form)
-
     targets = [
         f"{target['what']} {target['value']:.3g} {'<=' if target['met'] else 'MISSED'} {target['limit']:g}"
         for target in entry["targets"]
@@ -292,10 +366,6 @@ def cells(entry: dict[str, Any]) -> list[str]:
     return [
         entry["row"],
         f"B{entry['batch']} T{entry['tokens']} {entry['heads']}x{entry['dim']}",
-        number("forward_ms", ".2f"),
-        number("both_ms", ".2f"),
-        number("ratio", ".2f"),
-        number("peak_gb", ".2f"),
-        number("peak_ratio", ".2f"),
+        *("" if entry[name] is None else format(entry[name], form) for name, form in NUMBERS.items()),
         "; ".join(targets),
     ]

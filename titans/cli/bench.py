@@ -1,26 +1,50 @@
-"""``titans bench``: time the memory op beside its peers, in one run, into one JSON file."""
+"""``titans bench``: time the memory op or whole models beside their peers, in one run, into one file."""
+
+from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from titans.cli.arguments import parse_arguments
 from titans.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from titans.benchmark.harness import Session
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time the memory op beside its peers (see --rows), forward alone and forward with backward, in bf16.
+    """What both kinds take."""
 
+    rows: tuple[str, ...] = ()
+    """Which rows; none named: all. A wrong name is answered with a list of them."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Where. Figures of a CPU go into files of their own."""
+    output: Path = Path("results")
+    """Folder of the JSON file, which is written after every row."""
+    commit: str | None = None
+    """Of the code, for the file; asked of git where it is there."""
+    compile_jobs: int = 12
+    """Processes that compile side by side before anything is timed; 1: none."""
+    budget: float | None = None
+    """Seconds after which nothing more is measured: the rows that are left are stored as such."""
+    resume: bool = False
+    """Keep the rows that the file holds already, where they come from this machine and commit."""
+
+
+@dataclass(frozen=True)
+class OpsArguments(Arguments):
+    """Time the memory op beside its peers, forward alone and forward with backward, in bf16.
+
+    32,768 tokens are cut into 16, 4 and 1 sequences. Results go into ops_gpu.json.
     Example: titans bench ops --rows linear-c64 gated-deltanet --output results
     """
 
-    what: tyro.conf.Positional[Literal["ops"]]
-    """ops: the operation, 32,768 tokens cut into 16, 4 and 1 sequences. Results go into ops_gpu.json."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """Where."""
     tokens: int = 32768
     """Of all sequences together."""
     batches: tuple[int, ...] = (16, 4, 1)
@@ -29,52 +53,109 @@ class Arguments:
     """Heads x width of a head."""
     impl: Literal["auto", "triton", "chunked"] = "triton"
     """Of the op in our rows."""
-    rows: tuple[str, ...] = ()
-    """Which rows; none named: all that measure the op. A wrong name is answered with a list of them."""
-    output: Path = Path("results")
-    """Folder of the JSON file."""
-    commit: str | None = None
-    """Of the code, for the file; asked of git where it is there."""
-    compile_jobs: int = 12
-    """Processes that compile Triton kernels side by side before anything is timed; 1: none."""
+
+
+@dataclass(frozen=True)
+class ModelsArguments(Arguments):
+    """Time training steps of whole models, bf16 and compiled: tokens/s at several lengths.
+
+    A step is forward, backward and AdamW on random tokens. Results go into models_gpu.json.
+    Example: titans bench models --rows attention lmm-f64 --lengths 4096 16384
+    """
+
+    size: str = "340m"
+    """A named size of titans.models."""
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    """Tokens of a sequence."""
+    step_tokens: int = 65536
+    """Tokens of a step."""
+    micro_tokens: int = 32768
+    """Tokens of one backward, at most; fewer where memory does not suffice, never less than a sequence."""
+    compiled: bool = True
+    """torch.compile every block."""
+
+
+Kinds = (
+    Annotated[OpsArguments, tyro.conf.subcommand("ops")]
+    | Annotated[ModelsArguments, tyro.conf.subcommand("models")]
+)
+
+
+def parse(argv: list[str]) -> Arguments:
+    """The kind of benchmark and its options; one of the other kind is answered with whose it is."""
+    own = {"ops": OpsArguments, "models": ModelsArguments}
+    for word in argv[1:] if argv and argv[0] in own else []:
+        option = word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
+        for kind, other in own.items():
+            has, lacks = (option in {field.name for field in fields(k)} for k in (other, own[argv[0]]))
+            if word.startswith("--") and has and not lacks:
+                raise UserError(f"{word}: an option of titans bench {kind}, not of titans bench {argv[0]}")
+    arguments: Arguments = parse_arguments(Kinds, argv, command="bench")  # type: ignore[arg-type]
+    return arguments
 
 
 def run(arguments: Arguments) -> int:
     """Measure, save after every row, and print the table."""
-    from titans.benchmark.ops_rows import DEFAULT_ROWS, ROWS
+    if arguments.compile_jobs < 1:
+        raise UserError(f"--compile-jobs {arguments.compile_jobs}: expected 1 or more")
+    if arguments.budget is not None and arguments.budget <= 0:
+        raise UserError(f"--budget {arguments.budget:g}: expected more than 0 seconds")
+    if isinstance(arguments, ModelsArguments):
+        return _models(arguments)
+    assert isinstance(arguments, OpsArguments)
+    return _ops(arguments)
 
-    names = arguments.rows or DEFAULT_ROWS
-    for name in names:
-        if name not in ROWS:
-            raise unknown_name("row", name, ROWS)
+
+def _ops(arguments: OpsArguments) -> int:
+    from titans.benchmark import ops_rows
+
+    rows = _rows(arguments, ops_rows.ROWS)
     for batch in arguments.batches:
         if batch < 1 or arguments.tokens < batch or arguments.tokens % batch:
             raise UserError(f"--batches {batch}: expected a divisor of --tokens {arguments.tokens}")
     heads = tuple(_heads(word) for word in arguments.heads)
+    session = _session("ops", arguments, rows, ops_rows.WORKLOADS)
+    plan = ops_rows.Plan(arguments.device, arguments.tokens, arguments.batches, heads, arguments.impl)
+    ops_rows.measure(session, plan, rows, arguments.compile_jobs)
+    title = f"{arguments.tokens:,} tokens, bf16, medians; GDN: Gated DeltaNet"
+    return _finish(session, title, ops_rows.COLUMNS, list(map(ops_rows.cells, session.summary["table"])))
 
-    import torch
 
-    from titans.benchmark.harness import Session, print_table
-    from titans.benchmark.ops_rows import COLUMNS, WORKLOADS, Plan, cells, measure
+def _models(arguments: ModelsArguments) -> int:
+    from titans.benchmark import models_rows
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here (--device cpu measures at small sizes)")
-    options = asdict(arguments) | {"rows": names}
-    session = Session(
-        {"cuda": "ops_gpu", "cpu": "ops_check"}[arguments.device],  # times on a CPU are ops_cpu.json's
-        WORKLOADS,
-        {name: value for name, value in options.items() if name not in ("output", "commit")},
-        threads=1,
-        command=_command(arguments),
-        commit=arguments.commit,
-        output=arguments.output,
+    rows = _rows(arguments, models_rows.ROWS)
+    if arguments.step_tokens < 1:
+        raise UserError(f"--step-tokens {arguments.step_tokens}: expected 1 or more")
+    if arguments.micro_tokens < 1:
+        raise UserError(f"--micro-tokens {arguments.micro_tokens}: expected 1 or more")
+    for length in arguments.lengths:
+        if length < 1 or arguments.step_tokens % length:
+            raise UserError(f"--lengths {length}: expected divisors of --step-tokens {arguments.step_tokens}")
+
+    from titans.models import SIZES
+
+    if arguments.size not in SIZES:
+        raise unknown_name("model size", arguments.size, SIZES)
+    session = _session("models", arguments, rows, models_rows.WORKLOADS)
+    plan = models_rows.Plan(
+        arguments.device,
+        arguments.size,
+        arguments.lengths,
+        arguments.step_tokens,
+        arguments.micro_tokens,
+        arguments.compiled,
     )
-    plan = Plan(arguments.device, arguments.tokens, arguments.batches, heads, arguments.impl)
-    measure(session, plan, names, arguments.compile_jobs)
-    rows = [cells(entry) for entry in session.summary["table"]]
-    print_table(f"{arguments.tokens:,} tokens, bf16, medians; GDN: Gated DeltaNet", COLUMNS, rows)
-    print(f"written: {session.save()}")
-    return 0
+    models_rows.measure(session, plan, rows, arguments.compile_jobs)
+    title = f"{arguments.size}, training, thousands of tokens/s (over full attention's) by length"
+    return _finish(session, title, *models_rows.table(session.summary["table"]))
+
+
+def _rows(arguments: Arguments, known: Collection[str]) -> tuple[str, ...]:
+    for name in arguments.rows:
+        if name not in known:
+            raise unknown_name("row", name, known)
+    return arguments.rows or tuple(known)
 
 
 def _heads(word: str) -> tuple[int, int]:
@@ -85,12 +166,46 @@ def _heads(word: str) -> tuple[int, int]:
     return int(heads), int(dim)
 
 
-def _command(arguments: Arguments) -> str:
+def _session(kind: str, arguments: Arguments, rows: tuple[str, ...], workloads: Path) -> Session:
+    """Times of a CPU are kept apart: ops_check.json, models_check.json."""
+    import torch
+
+    from titans.benchmark.harness import Session
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here (--device cpu measures at small sizes)")
+    options = asdict(arguments) | {"rows": rows}
+    return Session(
+        f"{kind}_{'gpu' if arguments.device == 'cuda' else 'check'}",
+        workloads,
+        {name: value for name, value in options.items() if name not in ("output", "commit", "resume")},
+        threads=1,
+        command=_command(kind, arguments),
+        commit=arguments.commit,
+        output=arguments.output,
+        budget=arguments.budget,
+        resume=arguments.resume,
+    )
+
+
+def _command(kind: str, arguments: Arguments) -> str:
     """What to type for this run again, from anywhere."""
-    words = ["titans", "bench", arguments.what]
+    words = ["titans", "bench", kind]
     for option in fields(arguments):
         value = getattr(arguments, option.name)
-        if option.name not in ("what", "output", "commit") and value != option.default:
-            words.append("--" + option.name.replace("_", "-"))
-            words += map(str, value) if isinstance(value, tuple) else [str(value)]
+        if option.name in ("output", "commit", "budget", "resume") or value == option.default:
+            continue
+        name = option.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)
+
+
+def _finish(session: Session, title: str, columns: list[str], rows: list[list[str]]) -> int:
+    from titans.benchmark.harness import print_table
+
+    print_table(title, columns, rows)
+    print(f"written: {session.save()}")
+    return 0

@@ -1,0 +1,84 @@
+"""The workload of `titans bench models`: training steps of a whole model with random weights.
+
+Settings: device, dtype of autocast, size, `config` (fields that override the size's), tokens of a sequence,
+step_tokens, micro_tokens (at most, per backward), compiled, and for small runs more fields in `config`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans.models import TitansConfig, TitansForCausalLM
+
+
+class TrainingStep:
+    """Forward, backward and AdamW on `step_tokens` random tokens, in pieces that fit into memory.
+
+    A piece has `micro_tokens` at most, or one sequence; half of that as long as memory does not suffice.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.device = torch.device(settings["device"])
+        self.compiled = settings["compiled"]
+        self.facts: dict[str, Any] = {"compiled": self.compiled}
+        count, length = settings["step_tokens"] // settings["tokens"], settings["tokens"]
+        self.sequences = min(count, max(1, settings["micro_tokens"] // length))
+        self._build()
+        vocabulary = self.model.config.vocab_size
+        self.ids = torch.randint(vocabulary, (count, length), device=self.device)
+        self._settle()
+        self.facts["parameters"] = sum(parameter.numel() for parameter in self.model.parameters())
+        self.facts["micro_tokens"] = self.sequences * length
+
+    def __call__(self) -> None:
+        for ids in self.ids.split(self.sequences):
+            self._backward(ids)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, ids: Tensor) -> None:
+        with torch.autocast(self.device.type, dtype=getattr(torch, self.settings["dtype"])):
+            loss = self.model(ids, labels=ids).loss
+        assert loss is not None
+        (loss * (len(ids) / len(self.ids))).backward()
+
+    def _build(self) -> None:
+        torch.compiler.reset()
+        with torch.device(self.device):
+            config = TitansConfig.named(self.settings["size"], **self.settings["config"])
+            self.model = TitansForCausalLM(config)
+        self.model.train()
+        if self.compiled:
+            # Block by block: they are alike, so one is compiled, not 24. Shapes are few: each by itself.
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def _settle(self) -> None:
+        """One step that shows what fits, and whether the compiler can do it."""
+        while True:
+            try:
+                self()
+                return
+            except torch.OutOfMemoryError:
+                if self.sequences == 1:
+                    raise
+                self.sequences //= 2
+            except Exception as error:
+                if not self.compiled:
+                    raise
+                said = " ".join(str(error).split())
+                self.facts |= {"compiled": False, "compiler_error": f"{type(error).__name__}: {said}"[:300]}
+                self.compiled = False
+                self._build()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def training_step(settings: dict[str, Any]) -> TrainingStep:
+    return TrainingStep(settings)
