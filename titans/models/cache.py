@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
+
+from titans.nn import AttentionState, Prefix, Segment
 
 StateT = TypeVar("StateT", bound="MixerState")
 
@@ -78,6 +83,23 @@ class TitansCache(Cache):
         if self.states:
             self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
+    @classmethod
+    def concatenate(cls, caches: Sequence[TitansCache]) -> TitansCache:
+        """The rows of several caches, one after another: streams become a batch, wherever each stands.
+
+        A window or segment gets the columns of its longest row, also where there is one cache alone.
+        """
+        if len(kinds := {(cache.variant, len(cache.states)) for cache in caches}) != 1:
+            raise ValueError(
+                f"caches must come from one model and have read something, got (variant, blocks): {kinds}"
+            )
+        joined = cls()
+        joined.states = [
+            concatenate_rows(states) for states in zip(*(cache.states for cache in caches), strict=True)
+        ]
+        joined.seen, joined.variant = max(cache.seen for cache in caches), caches[0].variant
+        return joined
+
     def detach(self) -> TitansCache:
         """The same numbers without history: the end of truncated backpropagation through time."""
         cache = TitansCache()
@@ -93,3 +115,54 @@ class TitansCache(Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError("TitansCache has no keys and values of its own to update; a Titans model fills it")
+
+
+def concatenate_rows(states: Sequence[Any]) -> Any:
+    """The rows of several states of one kind, a mixer's or a part of it, one after another."""
+    first = states[0]
+    if first is None or isinstance(first, Prefix):  # of the model, not of a row
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(list(states))
+    if isinstance(first, AttentionState):
+        return _concatenate_windows(states)
+    if isinstance(first, Segment):
+        return _concatenate_segments(states)
+    if isinstance(first, tuple):
+        return tuple(concatenate_rows(parts) for parts in zip(*states, strict=True))
+    parts = {
+        each.name: concatenate_rows([getattr(state, each.name) for state in states]) for each in fields(first)
+    }
+    return type(first)(**parts)
+
+
+def _concatenate_windows(states: Sequence[AttentionState]) -> AttentionState:
+    counts = [count for state in states for count in _per_row(state.counts, state.batch)]
+    width = max(counts)
+
+    def join(parts: list[Tensor]) -> Tensor:  # `[B, H, P, D]`, right-aligned
+        return torch.cat([F.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
+
+    return AttentionState(
+        join([state.keys for state in states]),
+        join([state.values for state in states]),
+        states[0].prefix,
+        _one_if_equal(counts),
+    )
+
+
+def _concatenate_segments(states: Sequence[Segment]) -> Segment:
+    offsets = [offset for state in states for offset in state.offsets_of(state.entries.shape[0])]
+    width = max(offsets)
+    entries = [  # `[B, S, 4, H, D]`, left-aligned
+        F.pad(state.entries, (0, 0, 0, 0, 0, 0, 0, width - state.entries.shape[1])) for state in states
+    ]
+    return Segment(torch.cat(entries), _one_if_equal(offsets))
+
+
+def _per_row(counts: int | tuple[int, ...], batch: int) -> tuple[int, ...]:
+    return (counts,) * batch if isinstance(counts, int) else counts
+
+
+def _one_if_equal(counts: list[int]) -> int | tuple[int, ...]:
+    return counts[0] if len(set(counts)) == 1 else tuple(counts)
