@@ -12,6 +12,7 @@ from titans.cli.main import main
 from titans.inference import generate
 from titans.inference.checkpoint import load_checkpoint
 from titans.inference.generate import Sampling, generate_ids, generate_text
+from titans.inference.stream import Stream
 from titans.training.checkpoints import checkpoints_in
 
 
@@ -20,12 +21,17 @@ def folder(tmp_path):
     return trained(tmp_path)
 
 
-def test_greedy_text_is_that_of_full_forward_passes(folder, monkeypatch):
+def read(model, ids, piece=None):
+    stream = Stream(model, piece=piece)
+    stream.read(ids)
+    return stream
+
+
+def test_greedy_text_is_that_of_full_forward_passes(folder):
     """Over segment and chunk boundaries, with the prompt fed in pieces."""
-    monkeypatch.setattr(generate, "PIECE", 5)
     model, _, _ = load_checkpoint(folder / "run")
     ids = torch.arange(65, 78)
-    made = list(generate_ids(model, ids, Sampling(greedy=True, max_new_tokens=20)))
+    made = list(generate_ids(read(model, ids, piece=5), Sampling(greedy=True, max_new_tokens=20)))
     for token in made:
         with torch.no_grad():
             assert int(model(ids[None]).logits[0, -1].argmax()) == token
@@ -35,7 +41,7 @@ def test_greedy_text_is_that_of_full_forward_passes(folder, monkeypatch):
 def test_greedy_equals_transformers_generate(folder):
     model, _, _ = load_checkpoint(folder / "run")
     prompt = torch.arange(65, 78)
-    ours = list(generate_ids(model, prompt, Sampling(greedy=True, max_new_tokens=12)))
+    ours = list(generate_ids(read(model, prompt), Sampling(greedy=True, max_new_tokens=12)))
     theirs = model.generate(prompt[None], max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert ours == theirs[0, len(prompt) :].tolist()
 
@@ -56,7 +62,7 @@ def test_filters_and_the_temperature_take_effect(folder):
     prompt = torch.arange(65, 78)
 
     def sample(**settings):
-        return list(generate_ids(model, prompt, Sampling(max_new_tokens=12, seed=3, **settings)))
+        return list(generate_ids(read(model, prompt), Sampling(max_new_tokens=12, seed=3, **settings)))
 
     greedy = sample(greedy=True)
     assert sample(top_k=1) == sample(top_p=1e-9) == sample(temperature=1e-6) == greedy

@@ -4,17 +4,18 @@ The stream goes through the model in pieces with the cache carried along, so mem
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from titans.data.tokenizer import TextEncoder
 from titans.errors import UserError
+from titans.inference.stream import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,6 @@ def as_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> torch
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-@torch.inference_mode()
 def stream_loss(
     model: PreTrainedModel,
     tokens: torch.Tensor,
@@ -90,33 +90,26 @@ def stream_loss(
     edges = powers_of_two(length) if edges is None else list(edges)
     _check(model, tokens, piece, edges)
     bounds = [0, *(edge for edge in edges if edge < length), length]
-    device = model.device
-    meter = _MemoryMeter(device)
+    stream = Stream(model, piece=piece)
+    meter = _MemoryMeter(model.device)
 
     buckets: list[Bucket] = []
-    cache, previous, read = None, None, 0
     started = clock = time.perf_counter()
     for start, stop in itertools.pairwise(bounds):
         total, count = 0.0, 0
         # Pieces end at the bucket's edge, so that each bucket's time and memory are its own.
         for ids in tokens[start:stop].split(piece):
-            ids = ids.to(device)
-            out = model(input_ids=ids[None], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            # The first prediction of a piece was made by the last token of the piece before it.
-            logits = out.logits[0, :-1] if previous is None else torch.cat([previous, out.logits[0, :-1]])
-            predicted = ids[1:] if previous is None else ids
-            previous = out.logits[0, -1:]
-            losses = F.cross_entropy(logits.float(), predicted, reduction="sum")
-            if not bool(torch.isfinite(losses)):
+            losses = stream.losses(ids)
+            piece_loss = float(losses.sum(dtype=torch.float64))
+            if not math.isfinite(piece_loss):
+                last = stream.tokens_read
                 raise UserError(
-                    f"the loss is not finite (NaN or infinity) between tokens {read} and {read + len(ids)}"
+                    f"the loss is not finite (NaN or infinity) between tokens {last - len(ids)} and {last}"
                 )
-            total += float(losses)
-            count += len(predicted)
-            read += len(ids)
+            total += piece_loss
+            count += len(losses)
             meter.sample()
-            progress(read)
+            progress(stream.tokens_read)
         now = time.perf_counter()
         if count:
             buckets.append(

@@ -13,8 +13,8 @@ from transformers.generation.logits_process import (
 )
 
 from titans.errors import UserError
-
-PIECE = 1024  # tokens of the prompt per forward pass: bounds the memory that a long prompt takes
+from titans.inference.stream import PIECE as PIECE
+from titans.inference.stream import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,40 +54,36 @@ class Sampling:
         return filters
 
 
-@torch.inference_mode()
-def generate_ids(
-    model: PreTrainedModel,
-    prompt_ids: torch.Tensor,
-    sampling: Sampling,
-    stop_ids: frozenset[int] = frozenset(),
-) -> Iterator[int]:
-    """Token ids that continue ``prompt_ids`` (int64 [T], T >= 1), until one of ``stop_ids`` (not yielded).
+def generate_ids(stream: Stream, sampling: Sampling, stop_ids: frozenset[int] = frozenset()) -> Iterator[int]:
+    """Token ids that continue what `stream` has read, until one of `stop_ids` (not yielded).
+
+    The stream reads on: in the end it has read every token that was yielded.
 
     Raises:
-        UserError: the prompt is empty, or the model's logits are not finite.
+        UserError: the stream has read nothing, or the model's logits are not finite.
     """
-    if prompt_ids.numel() == 0:
+    if stream.logits is None:
         raise UserError("the prompt is empty: expected at least one token")
     filters = sampling.warpers()
-    generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    cache = None
-    for piece in prompt_ids.to(model.device).split(PIECE):
-        step = model(input_ids=piece[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = step.past_key_values
+    generator = torch.Generator(stream.model.device).manual_seed(sampling.seed)
     for _ in range(sampling.max_new_tokens):
-        logits = step.logits[:, -1].float()
-        if not bool(torch.isfinite(logits).all()):
-            raise UserError("the model's logits are not finite (NaN or infinity): its weights are damaged")
-        if sampling.greedy:
-            token = logits.argmax(-1, keepdim=True)
-        else:
-            probabilities = filters(None, logits).softmax(-1)  # they ignore the ids
-            token = torch.multinomial(probabilities, 1, generator=generator)
-        if int(token) in stop_ids:
+        token = _choose(stream.logits[None].float(), sampling, filters, generator)
+        if token in stop_ids:
             return
-        yield int(token)
-        step = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = step.past_key_values
+        yield token
+        stream.step(token)
+
+
+@torch.inference_mode()
+def _choose(
+    logits: torch.Tensor, sampling: Sampling, filters: LogitsProcessorList, generator: torch.Generator
+) -> int:
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the model's logits are not finite (NaN or infinity): its weights are damaged")
+    if sampling.greedy:
+        return int(logits.argmax(-1))
+    probabilities = filters(None, logits).softmax(-1)  # they ignore the ids
+    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def generate_text(
@@ -100,12 +96,18 @@ def generate_text(
     """
     if not prompt:
         raise UserError("the prompt is empty: expected at least one character")
-    prompt_ids = torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.int64)
+    stream = Stream(model)
+    stream.read(torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.int64))
+    yield from continue_text(stream, tokenizer, sampling)
+
+
+def continue_text(stream: Stream, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Iterator[str]:
+    """Pieces of text that continue what ``stream`` has read, as soon as they are certain."""
     stop_ids = frozenset(
         int(token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None
     )
     pending: list[int] = []
-    for token in generate_ids(model, prompt_ids, sampling, stop_ids):
+    for token in generate_ids(stream, sampling, stop_ids):
         pending.append(token)
         text = str(tokenizer.decode(pending))
         # A character's bytes may be spread over tokens: what does not decode yet may with the next ones
