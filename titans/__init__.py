@@ -4,7 +4,18 @@
 package, ``titans.ops`` included, imports transformers. Triton need not be there: only GPU kernels import it.
 """
 
-# Above the import, so that submodules can read it while this package is still loading.
+from typing import Any
+
+# Above the import of models, so that submodules can read it while this package is still loading.
 __version__ = "0.1.0"
 
 from titans import models as models  # registers TitansConfig and the models with the Auto classes
+
+
+def __getattr__(name: str) -> Any:
+    """``titans.Memory``, imported when it is first asked for: training needs none of it."""
+    if name == "Memory":
+        from titans.inference.memory import Memory
+
+        return Memory
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,68 +1,73 @@
 """``titans generate``: continue a text with a trained model, streaming it to the terminal."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
+from titans.cli.sampling import SamplingArguments
 from titans.data.streams import file_stream
 from titans.errors import UserError
 
-if TYPE_CHECKING:  # torch takes seconds to import: a mistake in the options must not wait for it
-    from titans.inference.generate import Sampling
-
 
 @dataclass(frozen=True)
-class Arguments:
-    """Continue a text with a trained model.
+class Arguments(SamplingArguments):
+    """Continue a text with a trained model, or with one that has read something before.
 
     Example: titans generate runs/demo --prompt "The memory " --max-new-tokens 200
     """
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, or the output folder of titans train (its last checkpoint)."""
+    checkpoint: tyro.conf.Positional[Path | None] = None
+    """A checkpoint, or the output folder of titans train (its last checkpoint). With --memory it may be left
+    out."""
     prompt: str | None = None
     """The text to continue."""
     prompt_file: Path | None = None
     """A file with the text to continue."""
-    max_new_tokens: int = 256
-    """Tokens to add, at most."""
-    temperature: float = 0.8
-    """Below 1 sharpens the distribution, above 1 flattens it."""
-    top_k: int = 0
-    """Choose among the k likeliest tokens; 0: among all."""
-    top_p: float = 1.0
-    """Choose among the likeliest tokens that hold this share of the probability."""
-    greedy: bool = False
-    """Always the likeliest token."""
-    seed: int = 0
-    """The same seed gives the same text."""
+    memory: Path | None = None
+    """Go on from this memory file (titans memorize); without a prompt, from the end of what was read."""
 
 
 def run(arguments: Arguments) -> int:
     """Print the prompt and, as it is made, its continuation."""
+    if arguments.checkpoint is None and arguments.memory is None:
+        raise UserError("expected a checkpoint (or --memory)")
     prompt = _prompt(arguments)
 
     from transformers.utils import logging as transformers_logging
 
-    from titans.inference.checkpoint import load_checkpoint
-    from titans.inference.generate import generate_text
-
-    sampling = _sampling(arguments)
     transformers_logging.disable_progress_bar()
-    model, tokenizer, _ = load_checkpoint(arguments.checkpoint)
+    pieces = _continuation(arguments, prompt)
     sys.stdout.write(prompt)
-    for piece in generate_text(model, tokenizer, prompt, sampling):
+    for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
 
 
+def _continuation(arguments: Arguments, prompt: str) -> Iterator[str]:
+    sampling = arguments.sampling()
+    if arguments.memory is not None:
+        from titans.inference.memory import Memory
+
+        return Memory.load(arguments.memory, arguments.checkpoint).answer(prompt, sampling)
+    assert arguments.checkpoint is not None
+
+    from titans.inference.checkpoint import load_checkpoint
+    from titans.inference.generate import generate_text
+
+    model, tokenizer, _ = load_checkpoint(arguments.checkpoint)
+    return generate_text(model, tokenizer, prompt, sampling)
+
+
 def _prompt(arguments: Arguments) -> str:
-    if (arguments.prompt is None) == (arguments.prompt_file is None):
+    given = (arguments.prompt is not None) + (arguments.prompt_file is not None)
+    if given == 0 and arguments.memory is not None:
+        return ""
+    if given != 1:
         raise UserError("expected one of --prompt and --prompt-file")
     if arguments.prompt_file is not None:
         if arguments.prompt_file.is_dir():
@@ -73,16 +78,3 @@ def _prompt(arguments: Arguments) -> str:
     if not prompt:
         raise UserError(f"{option}: the prompt is empty: expected at least one character")
     return prompt
-
-
-def _sampling(arguments: Arguments) -> "Sampling":
-    from titans.inference.generate import Sampling
-
-    return Sampling(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        greedy=arguments.greedy,
-        seed=arguments.seed,
-    )
