@@ -1,0 +1,243 @@
+// Curves over the stream on one shared axis, and the map of what depends on what.
+const LEFT = 46, RIGHT = 10, TOP = 6, BOTTOM = 18;
+const charts = [];
+
+// Colours come from the style sheet, where light and dark are told apart.
+function colour(name) {
+  const probe = byId("probe");
+  probe.style.color = `var(--${name})`;
+  return getComputedStyle(probe).color;
+}
+
+function niceTicks(low, high, count) {
+  const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].find((factor) => factor * power >= raw) * power;
+  const ticks = [];
+  for (let tick = Math.ceil(low / step - 1e-9) * step; tick <= high + step * 1e-9; tick += step) ticks.push(tick);
+  return ticks;
+}
+
+class Canvas {
+  // A canvas as large as its place on the page, in device pixels, with the pointer and the view's axis.
+  constructor(id) {
+    this.canvas = byId(id);
+    this.canvas.addEventListener("pointermove", (event) => setHover(this.tokenAt(event)));
+    this.canvas.addEventListener("pointerleave", () => setHover(null));
+    this.canvas.addEventListener("click", (event) => setCursor(this.tokenAt(event), true));
+    charts.push(this);
+  }
+
+  begin() {
+    const ratio = window.devicePixelRatio || 1;
+    [this.width, this.height] = [this.canvas.clientWidth, this.canvas.clientHeight];
+    this.canvas.width = this.width * ratio;
+    this.canvas.height = this.height * ratio;
+    const pen = this.canvas.getContext("2d");
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.clearRect(0, 0, this.width, this.height);
+    pen.font = "11px " + getComputedStyle(document.body).fontFamily;
+    this.inner = this.width - LEFT - RIGHT;
+    return pen;
+  }
+
+  x(token) {
+    const [from, to] = state.view;
+    return LEFT + (token - from) / (to - from) * this.inner;
+  }
+
+  tokenAt(event) {
+    const [from, to] = state.view;
+    const x = event.clientX - this.canvas.getBoundingClientRect().left - LEFT;
+    return Math.max(from, Math.min(to - 1, Math.floor(from + x / this.inner * (to - from))));
+  }
+
+  axis(pen, bottom) {
+    pen.fillStyle = colour("faint");
+    pen.textAlign = "center";
+    for (const tick of niceTicks(...state.view, Math.max(2, this.inner / 90))) {
+      const x = this.x(tick);
+      if (x < LEFT + 1 || x > this.width - RIGHT - 12) continue;
+      pen.fillRect(Math.round(x), bottom, 1, 3);
+      pen.fillText(whole(tick), x, bottom + 14);
+    }
+    pen.textAlign = "right";
+    pen.fillText("token", LEFT - 6, bottom + 14);
+  }
+
+  // The lines in sight in the text, the cursor and what the pointer is on.
+  marks(pen, top, bottom) {
+    const [first, last] = visibleTokens();
+    pen.fillStyle = colour("sight");
+    pen.fillRect(this.x(first), top, Math.max(2, this.x(last) - this.x(first)), bottom - top);
+    for (const [token, name] of [[state.hover, "faint"], [state.cursor, "accent"]]) {
+      if (token === null || token < state.view[0] || token >= state.view[1]) continue;
+      pen.fillStyle = colour(name);
+      pen.fillRect(Math.round(this.x(token + 0.5)) - 0.5, top, name === "accent" ? 1.5 : 1, bottom - top);
+    }
+  }
+}
+
+class Curves extends Canvas {
+  // lines(): [{ label, colour, value(token), trace(from, to, columns) -> {low, mean, high} per column }]
+  constructor(id, lines, { zero = false, log = false } = {}) {
+    super(id);
+    Object.assign(this, { lines, zero, log });
+    this.legend = byId(`${id}-legend`);
+  }
+
+  draw() {
+    const pen = this.begin(), bottom = this.height - BOTTOM, columns = Math.max(2, Math.floor(this.inner));
+    const lines = this.lines();
+    const traces = lines.map((line) => line.trace(...state.view, columns));
+    if (this.log) {  // layers whose values differ by decades, as the steps of W₁ and W₂ do
+      for (const trace of traces) {
+        for (const name of ["low", "mean", "high"]) trace[name] = trace[name].map((value) => Math.log10(Math.max(value, 1e-9)));
+      }
+    }
+    let low = Infinity, high = -Infinity;
+    for (const trace of traces) {
+      for (const value of trace.low) low = Math.min(low, value);
+      for (const value of trace.high) high = Math.max(high, value);
+    }
+    if (this.zero) low = Math.min(0, low);
+    if (!(high > low)) [low, high] = [low - Math.abs(low) * 0.1 - 1e-9, high + Math.abs(high) * 0.1 + 1e-9];
+    const y = (value) => bottom - (value - low) / (high - low) * (bottom - TOP);
+    this.marks(pen, TOP, bottom);
+    pen.textAlign = "right";
+    let ticks = niceTicks(low, high, 3);
+    if (this.log && high - low > 1) ticks = ticks.filter(Number.isInteger);
+    for (const tick of ticks) {
+      pen.fillStyle = colour("grid");
+      pen.fillRect(LEFT, Math.round(y(tick)), this.inner, 1);
+      pen.fillStyle = colour("faint");
+      pen.fillText(short(this.log ? 10 ** tick : tick), LEFT - 6, y(tick) + 4);
+    }
+    this.axis(pen, bottom);
+    traces.forEach((trace, index) => {
+      const x = (i) => LEFT + (i + 0.5) / trace.mean.length * this.inner;
+      pen.fillStyle = pen.strokeStyle = colour(lines[index].colour);
+      if (trace.band) {
+        pen.globalAlpha = 0.22;
+        pen.beginPath();
+        trace.high.forEach((value, i) => pen.lineTo(x(i), y(value)));
+        for (let i = trace.low.length - 1; i >= 0; i--) pen.lineTo(x(i), y(trace.low[i]));
+        pen.fill();
+        pen.globalAlpha = 1;
+      }
+      pen.lineWidth = 1.5;
+      pen.lineJoin = "round";
+      pen.beginPath();
+      trace.mean.forEach((value, i) => pen.lineTo(x(i), y(value)));
+      pen.stroke();
+    });
+    this.showLegend(lines);
+  }
+
+  showLegend(lines) {
+    const token = state.hover ?? state.cursor;
+    this.legend.replaceChildren(...lines.map((line) => {
+      const item = element("span", { class: "key" }, `${line.label} `);
+      item.style.setProperty("--key", `var(--${line.colour})`);
+      const value = line.value(token);
+      item.append(element("b", {}, value === null ? "" : short(value)));
+      return item;
+    }));
+  }
+}
+
+// Values [..] of which entry i stands for tokens start + i * bin and on: mean and range per column.
+function columnsOf(values, bin, start = 0) {
+  return (from, to, columns) => {
+    const count = Math.min(columns, Math.max(2, Math.ceil((to - from) / bin)));
+    const low = new Float32Array(count), mean = new Float32Array(count), high = new Float32Array(count);
+    for (let i = 0; i < count; i++) {
+      const first = Math.max(0, Math.min(values.length - 1, Math.floor((from + (to - from) * i / count - start) / bin)));
+      const last = Math.max(first + 1, Math.min(values.length, Math.floor((from + (to - from) * (i + 1) / count - start) / bin)));
+      let sum = 0;
+      low[i] = Infinity;
+      high[i] = -Infinity;
+      for (let j = first; j < last; j++) {
+        low[i] = Math.min(low[i], values[j]);
+        high[i] = Math.max(high[i], values[j]);
+        sum += values[j];
+      }
+      mean[i] = sum / (last - first);
+    }
+    return { low, mean, high, band: (to - from) / bin > count };
+  };
+}
+
+// The mean over `width` tokens around each column's middle, from running sums: noise hides the difference.
+function smoothed(values, start, width) {
+  const sums = new Float64Array(values.length + 1);
+  for (let i = 0; i < values.length; i++) sums[i + 1] = sums[i] + values[i];
+  return (from, to, columns) => {
+    const count = Math.min(columns, to - from), mean = new Float32Array(count);
+    for (let i = 0; i < count; i++) {
+      const middle = from + (to - from) * (i + 0.5) / count - start;
+      const first = Math.max(0, Math.min(values.length - 1, Math.floor(middle - width / 2)));
+      const last = Math.max(first + 1, Math.min(values.length, Math.ceil(middle + width / 2)));
+      mean[i] = (sums[last] - sums[first]) / (last - first);
+    }
+    return { low: mean, mean, high: mean, band: false };
+  };
+}
+
+class DependenceMap extends Canvas {
+  // One row per span, one column per place of the view; the darker, the more the place depends on the span.
+  constructor(id, list) {
+    super(id);
+    this.list = byId(list);
+    this.row = Math.max(7, Math.min(18, Math.floor(290 / data.spans.length)));
+    this.canvas.style.height = `${this.row * data.spans.length + BOTTOM}px`;
+    this.list.style.setProperty("--row", `${this.row}px`);
+    this.bars = data.spans.map(([first, last], span) => {
+      const bar = element("button", { type: "button", class: "bar" });
+      bar.append(element("span", { class: "length" }), element("b"));
+      bar.addEventListener("click", () => reveal(data.spans[span][0], true));
+      bar.title = `tokens ${whole(first)} to ${whole(last - 1)}: show in the text`;
+      return bar;
+    });
+    this.list.replaceChildren(...this.bars);
+  }
+
+  draw() {
+    const pen = this.begin(), one = series[state.measure], [from, to] = state.view;
+    const bottom = this.row * data.spans.length, columns = Math.max(1, Math.floor(this.inner / 2));
+    const traces = data.spans.map((_, span) => columnsOf(one.mean(dependenceRows(span)), one.bin)(from, to, columns));
+    const most = Math.max(1e-12, ...traces.map((trace) => quantiles(trace.mean, [0.98])[0]));
+    pen.fillStyle = colour("depend");
+    traces.forEach((trace, span) => {
+      const edge = (i) => Math.round(LEFT + i / trace.mean.length * this.inner);
+      trace.mean.forEach((value, i) => {
+        pen.globalAlpha = Math.min(1, Math.sqrt(value / most));
+        pen.fillRect(edge(i), span * this.row, edge(i + 1) - edge(i), this.row - 1);
+      });
+    });
+    pen.globalAlpha = 1;
+    this.marks(pen, 0, bottom);
+    this.axis(pen, bottom);
+    pen.textAlign = "right";
+    pen.fillStyle = colour("faint");
+    const every = Math.ceil(12 / this.row);
+    data.spans.forEach(([first], span) => {
+      if (span % every === 0) pen.fillText(whole(first), LEFT - 6, (span + 0.5) * this.row + 4);
+    });
+    byId("depend-scale").textContent = `blank: 0; full colour: ${short(most)} and more, in between by square root. Rows: the spans' first tokens.`;
+    this.showBars();
+  }
+
+  showBars() {
+    const token = state.hover ?? state.cursor;
+    const values = data.spans.map((_, span) => dependenceAt(span, token));
+    const most = Math.max(...values, 1e-12);
+    this.bars.forEach((bar, span) => {
+      const [first, last] = data.spans[span];
+      bar.classList.toggle("later", first > token);
+      bar.style.setProperty("--share", values[span] / most);
+      bar.lastChild.textContent = first > token ? "" : short(values[span]);
+      bar.setAttribute("aria-label",
+        `tokens ${whole(first)} to ${whole(last - 1)}: ${first > token ? "later" : short(values[span])}`);
+    });
+  }
+}
