@@ -1,13 +1,16 @@
 """`titans bench`: workloads run, a row that fails is a row, and the table says what the numbers say."""
 
+import itertools
 import json
+import time
+import types
 
 import pytest
 import torch
 
-from titans.benchmark import ops, worker
-from titans.benchmark.harness import Measurement, RowFailed, Session
-from titans.benchmark.ops_rows import PEER, ROWS, Plan, cells, summarise
+from titans.benchmark import models, models_rows, ops, worker
+from titans.benchmark.harness import Job, Measurement, RowFailed, Session
+from titans.benchmark.ops_rows import OURS, PEER, PEER_SHARES, ROWS, Plan, cells, summarise
 from titans.cli.main import main
 
 SMALL = {
@@ -49,32 +52,102 @@ def test_the_timed_memory_is_stable():
         assert ops.our_op(SMALL | length | memory)().abs().max() < 100
 
 
-def test_a_row_that_fails_is_a_row(tmp_path):
+SCRIPT = """
+import os, time
+
+def work(settings):
+    if settings["do"] == "raise":
+        raise ModuleNotFoundError("no such peer")
+    if settings["do"] == "die":
+        os._exit(3)
+    if settings["do"] == "hang":
+        time.sleep(60)
+    return lambda: print("said in between")
+
+other = work
+"""
+
+
+@pytest.fixture
+def session(tmp_path):
+    """Makes sessions of one script and one file, as one run after the other would."""
+    (tmp_path / "workloads.py").write_text(SCRIPT)
+
+    def make(**options) -> Session:
+        fields = {"threads": 1, "command": "made", "commit": "abc", "output": tmp_path} | options
+        return Session("name", tmp_path / "workloads.py", {}, **fields)
+
+    return make
+
+
+def jobs(*words: str, **fields) -> list[Job]:
+    """One a word, each with settings of its own."""
+    return [Job("work", {"do": word, "number": number}, **fields) for number, word in enumerate(words)]
+
+
+def reasons(results) -> list[str | None]:
+    return [result.reason if isinstance(result, RowFailed) else None for _, result in results]
+
+
+def test_a_row_that_fails_is_a_row(session):
     """The next ones follow, also where it took the process along, as an illegal access on a GPU does."""
-    script = tmp_path / "workloads.py"
-    script.write_text(
-        "import os\n\n\n"
-        "def work(settings):\n"
-        "    if settings['do'] == 'raise':\n"
-        "        raise ModuleNotFoundError('no such peer')\n"
-        "    if settings['do'] == 'die':\n"
-        "        os._exit(3)\n"
-        "    return lambda: print('said in between')\n"
-    )
-    session = Session("name", script, {}, threads=1, command="made", commit="abc", output=tmp_path)
-    results = session.measure_each("work", [{"do": word} for word in ("step", "raise", "die", "step")])
-    assert [isinstance(result, RowFailed) for result in results] == [False, True, True, False]
-    record = json.loads(session.save().read_text())
-    errors = [row.get("error") for row in record["rows"]]
-    assert errors == [None, "ModuleNotFoundError: no such peer", "exit code 3", None]
+    run = session()
+    found = reasons(run.measure_each(jobs("step", "raise", "die", "step")))
+    assert found == [None, "ModuleNotFoundError: no such peer", "exit code 3", None]
+    record = json.loads(run.save().read_text())
+    assert [row.get("error") for row in record["rows"]] == found
     assert (record["command"], record["commit"]) == ("made", "abc")
-    deaths = session.measure_each("work", [{"do": "die"}] * 5)
-    assert [str(result).rpartition(": ")[2] for result in deaths] == [
+
+
+def test_a_workload_that_breaks_its_processes_is_given_up_alone(session):
+    last = Job("other", {"do": "step"})
+    assert reasons(session().measure_each([*jobs(*5 * ["die"]), last])) == [
         *["exit code 3"] * 3,
         *["given up after 3 lost processes"] * 2,
+        None,
     ]
-    late = session.measure_each("work", [{"do": "step"}] * 2, timeout=0.01)
-    assert all(str(result).endswith("not measured: out of time") for result in late)
+
+
+def test_a_row_that_hangs_costs_its_own_time_alone(session):
+    assert reasons(session().measure_each(jobs("step", "hang", "step", timeout=0.5))) == [
+        *(None, "not measured within 0.5 s", None)
+    ]
+
+
+def test_the_budget_ends_a_run_and_resume_goes_on(session):
+    """Cut off in its second row; the next run measures that and the third alone, another commit all three."""
+    cut = session(budget=1000.0)
+    found = []
+    for result in cut.measure_each(jobs("step", "hang", "step")):
+        found.append(result)
+        cut.deadline = time.monotonic() + 0.3  # the budget is nearly spent
+    assert reasons(found) == [None, *2 * ["not measured: out of time"]]
+    cut.save()
+    first, *rest = session(resume=True).measure_each(jobs("step", "raise", "step"))
+    assert first[1].seconds == cut.rows[0]["seconds"]
+    assert reasons(rest) == ["ModuleNotFoundError: no such peer", None]
+    assert reasons(session(budget=1e-6).measure_each(jobs("step"))) == ["not measured: out of time"]
+    other = session(resume=True, commit="def")
+    assert not any(other.knows(job) for job in jobs("step", "hang", "step"))
+
+
+def test_an_interrupted_run_holds_what_was_measured(session):
+    """A row is in the file as soon as it is known, the later ones cost nothing."""
+    run = session()
+    for _ in run.measure_each(jobs("step", "hang")):
+        run.save()
+        break
+    assert session(resume=True).knows(jobs("step")[0])
+
+
+def test_compiling_takes_first_steps_and_no_times(session, capsys):
+    run = session()
+    run.compile([jobs("step", name="fine"), jobs("raise", name="wrong")], processes=2, timeout=60)
+    assert sorted(row["settings"]["do"] for row in run.compiled if "first_seconds" in row) == ["step"]
+    assert run.rows == []
+    printed = capsys.readouterr().out
+    assert "2 of 2" in printed
+    assert "failed: ModuleNotFoundError: no such peer" in printed
 
 
 def test_the_command_stores_what_it_prints(tmp_path, capsys):
@@ -97,14 +170,78 @@ def test_the_command_stores_what_it_prints(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rows", "linear"], "unknown row 'linear'"),
-        (["--heads", "16"], "--heads '16': expected heads x width"),
-        (["--batches", "3"], "--batches 3: expected a divisor of --tokens 32768"),
+        (["ops", "--rows", "linear"], "unknown row 'linear'"),
+        (["ops", "--heads", "16"], "--heads '16': expected heads x width"),
+        (["ops", "--batches", "3"], "--batches 3: expected a divisor of --tokens 32768"),
+        (["ops", "--budget", "0"], "--budget 0: expected more than 0 seconds"),
+        (["ops", "--compile-jobs", "0"], "--compile-jobs 0: expected 1 or more"),
+        (["ops", "--lengths", "64"], "--lengths: an option of titans bench models, not of titans bench ops"),
+        (["models", "--heads=1x8"], "--heads=1x8: an option of titans bench ops, not of titans bench models"),
+        (["models", "--rows", "lmm"], "unknown row 'lmm'"),
+        (["models", "--size", "340"], "unknown model size '340'"),
+        (["models", "--lengths", "100"], "--lengths 100: expected divisors of --step-tokens 65536"),
+        (["models", "--micro-tokens", "0"], "--micro-tokens 0: expected 1 or more"),
+        (["layers"], "layers"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(words, message, capsys):
-    assert main(["bench", "ops", "--device", "cpu", *words]) == 2
+    assert main(["bench", *words, "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_models_of_two_lengths(tmp_path, capsys):
+    """Tokens/s are those of the whole step; the file knows how large the model was."""
+    sizes = ["--size", "tiny", "--lengths", "32", "64", "--step-tokens", "128", "--micro-tokens", "64"]
+    words = ["bench", "models", "--rows", "attention", "lmm-linear", "--device", "cpu", *sizes]
+    assert main([*words, "--no-compiled", "--commit", "abc", "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "models_check.json").read_text())
+    assert record["command"].split()[-1] == "--no-compiled"
+    table = record["summary"]["table"]
+    assert [(entry["row"], entry["tokens"], entry["error"]) for entry in table] == [
+        (row, tokens, None) for row in ("attention", "lmm-linear") for tokens in (32, 64)
+    ]
+    assert table[0]["ratio"] == 1
+    assert table[0]["tokens_per_second"] == pytest.approx(128 / record["rows"][0]["median_seconds"])
+    facts = table[2]["facts"]
+    assert (facts["compiled"], facts["micro_tokens"]) == (False, 64)
+    assert facts["parameters"] > 1e6
+    assert "lmm-linear" in capsys.readouterr().out
+
+
+def test_a_piece_that_does_not_fit_is_halved(monkeypatch):
+    """Four sequences at once run out of memory, two do not; the step still sees all of them."""
+    seen = []
+    backward = models.TrainingStep._backward
+
+    def limited(self, ids):
+        seen.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError
+        backward(self, ids)
+
+    monkeypatch.setattr(models.TrainingStep, "_backward", limited)
+    settings = {"device": "cpu", "dtype": "bfloat16", "size": "tiny", "tokens": 16, "compiled": False}
+    config = {"variant": "attention", "num_hidden_layers": 1, "vocab_size": 64}
+    step = models.training_step(settings | {"step_tokens": 64, "micro_tokens": 64, "config": config})
+    assert (step.facts["micro_tokens"], seen) == (32, [4, 2, 2])
+
+
+def test_speeds_are_compared_with_full_attention():
+    def at(tokens: int, **tokens_per_second: float) -> dict:
+        return {
+            (name.replace("_", "-"), tokens): Measurement([65536 / value], 10**9, {})
+            for name, value in tokens_per_second.items()
+        }
+
+    entries = models_rows.summarise(
+        at(4096, attention=200e3, lmm_f256=160e3) | at(8192, attention=150e3, lmm_f64=180e3), 65536
+    )
+    met = {(entry["row"], entry["tokens"]): entry["targets"] for entry in entries}
+    assert [target["met"] for target in met["lmm-f256", 4096]] == [False]  # 0.8, asked: 0.83
+    assert [target["met"] for target in met["lmm-f64", 8192]] == [True]
+    header, lines = models_rows.table(entries)
+    assert header == ["model", "4096", "8192", "targets"]
+    assert lines[1] == ["lmm-f256", "160.0 (0.80)", "", "paper's ratio at 4096 0.80 MISSED 0.83"]
 
 
 def found(**milliseconds: float) -> dict:
@@ -135,11 +272,54 @@ def test_a_missing_peer_leaves_the_times_and_takes_the_ratios():
     assert (ours["both_ms"], ours["ratio"], ours["targets"]) == (9.0, None, [])
 
 
+PLAN = Plan("cuda", 32768, (16, 4, 1), ((16, 64), (8, 128)), "triton")
+
+
 def test_every_row_has_settings_at_the_shapes_of_the_issue():
-    plan = Plan("cuda", 32768, (16, 4, 1), ((16, 64), (8, 128)), "triton")
-    assert all(plan.settings(row) for row in ROWS.values())
-    assert len(plan.settings(ROWS["mlp4-c16"])) == 3 * 2 * 2
-    assert {setting["impl"] for setting in plan.settings(ROWS["mlp4-c64-chunked"])} == {"chunked"}
+    assert all(PLAN.jobs(name) for name in ROWS)
+    assert len(PLAN.jobs("mlp4-c16")) == 3 * 2 * 2
+    assert {job.settings["impl"] for job in PLAN.jobs("mlp4-c64-chunked")} == {"chunked"}
+
+
+def test_what_the_targets_need_is_measured_first():
+    names = list(ROWS)
+    assert names[:6] == [PEER, "attention", "linear-c64", "mlp1-c64", "mlp4-c64", "decode-mlp4"]
+    assert set(OURS) < set(names)
+    assert names[-2:] == ["lucidrains", "lucidrains-gate-per-chunk"]
+
+
+def test_every_kernel_is_compiled_before_it_is_timed():
+    """The peer's configurations in shares that make up the whole, ours at every shape, one process each."""
+    groups = PLAN.compilations(list(ROWS))
+    peer = [group for group in groups if group[0].name == PEER]
+    assert groups[: len(peer)] == peer  # the longest first
+    assert len(peer) == 2 * PEER_SHARES
+    assert sorted(group[0].settings["share"][0] for group in peer) == sorted([*range(PEER_SHARES)] * 2)
+    compiled = {
+        (job.name, *(job.settings[name] for name in ("heads", "dim", "batch")))
+        for group in groups
+        for job in group
+    }
+    timed = {
+        (job.name, *(job.settings[name] for name in ("heads", "dim", "batch")))
+        for name in (*OURS, "decode-mlp4", "layer-mlp4-c64")
+        for job in PLAN.jobs(name)
+    }
+    assert timed < compiled
+
+
+def test_shares_of_the_peers_configurations_are_disjoint_and_complete(monkeypatch):
+    """Each process prunes to its own; a kernel with fewer configurations than shares still has one."""
+    pruned = []
+    for number in range(PEER_SHARES):
+        autotuner = types.SimpleNamespace(Autotuner=type("Autotuner", (), {}))
+        autotuner.Autotuner.prune_configs = lambda self, arguments: list(range(6))
+        ops.take_share(autotuner.Autotuner, number, PEER_SHARES)
+        pruned.append(autotuner.Autotuner().prune_configs({}))
+        autotuner.Autotuner.prune_configs = lambda self, arguments: ["only"]
+        ops.take_share(autotuner.Autotuner, number, PEER_SHARES)
+        assert autotuner.Autotuner().prune_configs({}) == ["only"]
+    assert sorted(itertools.chain(*pruned)) == list(range(6))
 
 
 @pytest.mark.gpu

@@ -1,1 +1,1 @@
-"""Measuring: `harness.py` runs workloads in fresh processes, `ops.py` holds those of `titans bench ops`."""
+"""Measuring: `harness.py` runs workloads in fresh processes; `ops.py`, `models.py`: those of `titans bench`."""

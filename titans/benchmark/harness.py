@@ -14,8 +14,6 @@ import datetime
 import json
 import math
 import os
-import platform
-import re
 import signal
 import statistics
 import subprocess
@@ -23,17 +21,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from titans.benchmark.machine import ROOT, commit, machine
+
 RESULTS = ROOT / "results"
 WORKER = Path(__file__).resolve().parent / "worker.py"
 SEED = 0
-BREAKS = 3  # processes lost, after which the rows that are left are given up
+BREAKS = 3  # processes that a workload may break
+START_UP = 60.0  # seconds that a process may take before its first row begins
 OUT_OF_TIME = "not measured: out of time"
 
 # glibc hands large blocks back to the kernel at every free and takes page faults at every malloc: up to 3x on
@@ -66,6 +69,33 @@ class Measurement:
 class RowFailed(RuntimeError):  # noqa: N818 (it is a result, and is stored as one)
     """The process of a row ended with an error; the message holds the last line that it said."""
 
+    @property
+    def reason(self) -> str:
+        """Without the row's workload and settings."""
+        return str(self).partition("}: ")[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to be measured: `workload(settings)` of the session's script returns the step.
+
+    name: the caller's, for its tables. timeout: seconds from the end of the row before to this one's.
+    """
+
+    workload: str
+    settings: dict[str, Any]
+    repeats: int = 5
+    warmup: int = 1
+    timeout: float = math.inf
+    name: str = ""
+
+    @property
+    def key(self) -> str:
+        return _key(self.workload, self.settings)
+
+
+Result = Measurement | RowFailed
+
 
 @dataclass
 class Session:
@@ -74,7 +104,7 @@ class Session:
     script: the file with the workloads. command: how the run was started; None: as that script.
     commit: of the code, where git cannot tell. output: folder of the JSON file. budget: seconds after which
     nothing more is measured. resume: take the rows that the file has already, from the same machine and
-    commit. save_each: write the file after every row, for runs that may be cut off.
+    commit.
     """
 
     name: str
@@ -86,7 +116,6 @@ class Session:
     output: Path = RESULTS
     budget: float | None = None
     resume: bool = False
-    save_each: bool = False
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     compiled: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -94,7 +123,9 @@ class Session:
     def __post_init__(self) -> None:
         self.commit = self.commit or commit()
         self.machine = machine(self.threads)
-        self.deadline = math.inf if self.budget is None else time.monotonic() + self.budget
+        self.started = time.monotonic()
+        self.deadline = math.inf if self.budget is None else self.started + self.budget
+        self._running: set[subprocess.Popen[str]] = set()
         self._known = self._stored_rows() if self.resume else {}
 
     @property
@@ -111,103 +142,97 @@ class Session:
         python: str = sys.executable,
     ) -> Measurement:
         """Run `workload(settings)` of the script in a fresh process; the row is kept for the JSON file."""
-        (result,) = self.measure_each(workload, [settings], repeats=repeats, warmup=warmup, python=python)
+        ((_, result),) = self.measure_each([Job(workload, settings, repeats, warmup)], python=python)
         if isinstance(result, RowFailed):
             raise result
         return result
 
     def measure_each(
-        self,
-        workload: str,
-        settings: Sequence[dict[str, Any]],
-        *,
-        repeats: int = 5,
-        warmup: int = 1,
-        python: str = sys.executable,
-        timeout: float = math.inf,
-    ) -> list[Measurement | RowFailed]:
-        """The same for several rows in one process, in their order: a GPU's process takes 10 s to start.
+        self, jobs: Iterable[Job], *, python: str = sys.executable
+    ) -> Iterator[tuple[Job, Result]]:
+        """The same for many rows in one process, as they come: a GPU's process takes 10 s to start.
 
-        A row that fails is kept as such and the next one follows, in a new process where this one broke off
-        (a GPU is lost to a process after an illegal access). After `timeout` seconds, or `BREAKS` processes
-        that broke off, the rest has failed.
+        Rows that the file holds already come first. A row that fails is kept as such and the next one
+        follows, in a new process where this one broke off (a GPU is lost to a process after an illegal
+        access). A workload that broke `BREAKS` processes is given up, and all is once the budget is spent.
         """
-        results: dict[int, Measurement | RowFailed] = {}
-        deadline = min(time.monotonic() + timeout, self.deadline)
-
-        def add(number: int, row: dict[str, Any]) -> None:
-            self.rows.append(row)
-            results[number] = _result(row)
-            if self.save_each:
-                self.save()
-
-        for number, setting in enumerate(settings):
-            if row := self._known.get(_key(workload, setting)):
-                add(number, row)
-        processes = 0
-        while rest := [number for number in range(len(settings)) if number not in results]:
-            left = [settings[number] for number in rest]
-            if time.monotonic() >= deadline:
-                outcomes: Iterator[dict[str, Any]] = iter(len(rest) * [{"error": OUT_OF_TIME}])
-            elif processes == BREAKS:
-                outcomes = iter(len(rest) * [{"error": f"given up after {BREAKS} lost processes"}])
+        rest = []
+        for job in jobs:
+            if row := self._known.get(job.key):
+                yield job, self._add(row)
             else:
-                outcomes = self._process(workload, left, repeats, warmup, python, deadline)
-                processes += 1
-            for number, outcome in zip(rest, outcomes, strict=False):
-                if "error" not in outcome:
-                    outcome = {"median_seconds": statistics.median(outcome["seconds"])} | outcome
-                row = {"workload": workload, "settings": settings[number]}
-                add(number, row | {"repeats": repeats, "warmup": warmup} | outcome)
-        return [results[number] for number in range(len(settings))]
+                rest.append(job)
+        lost: Counter[str] = Counter()
 
-    def knows(self, workload: str, settings: dict[str, Any]) -> bool:
+        def refused(job: Job) -> str | None:
+            if time.monotonic() >= self.deadline:
+                return OUT_OF_TIME
+            return f"given up after {BREAKS} lost processes" if lost[job.workload] == BREAKS else None
+
+        while rest:
+            if reason := refused(rest[0]):
+                job = rest.pop(0)
+                yield job, self._add(_row(job, {"error": reason}))
+                continue
+            together = list(takewhile(lambda job: not refused(job), rest))
+            for job, outcome in self._process(together, python):
+                rest.remove(job)
+                yield job, self._add(_row(job, outcome))
+            if job is not together[-1]:
+                lost[job.workload] += 1
+
+    def knows(self, job: Job) -> bool:
         """Whether the row need not be measured again."""
-        return _key(workload, settings) in self._known
+        return job.key in self._known
 
     def compile(
-        self, workload: str, settings: Sequence[dict[str, Any]], timeout: float, **environment: str
+        self, groups: Sequence[Sequence[Job]], processes: int, timeout: float, **environment: str
     ) -> None:
         """Take one step of every row and time nothing: what is compiled stays on disk for `measure_each`.
 
-        How long each first step took, compilers beside it, is kept in the file.
+        A process for each group, several side by side, the first groups first. What every first step took,
+        compilers beside it, is kept in the file.
         """
-        deadline = min(time.monotonic() + timeout, self.deadline)
-        outcomes = self._process(workload, list(settings), 0, 1, sys.executable, deadline, **environment)
-        for setting, outcome in zip(settings, outcomes, strict=False):
+        if groups:
+            print(f"compiling: {len(groups)} processes, {processes} at a time", flush=True)
+        with ThreadPoolExecutor(processes) as pool:
+            futures = [pool.submit(self._compile, group, timeout, environment) for group in groups]
+            try:
+                for number, future in enumerate(as_completed(futures), 1):
+                    print(f"compiled {number} of {len(groups)}: {future.result()}", flush=True)
+            except BaseException:  # interrupted, perhaps
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in self._running:
+                    _kill(process)
+                raise
+
+    def _compile(self, group: Sequence[Job], timeout: float, environment: dict[str, str]) -> str:
+        start = time.monotonic()
+        single = [dataclasses.replace(job, repeats=0, warmup=1, timeout=timeout) for job in group]
+        error = ""
+        for job, outcome in self._process(single, sys.executable, start + timeout, environment):
             found = {name: outcome[name] for name in ("first_seconds", "error") if name in outcome}
-            self.compiled.append({"workload": workload, "settings": setting} | found)
+            self.compiled.append({"workload": job.workload, "settings": job.settings} | found)
+            error = error or f", failed: {outcome['error'][:100]}" if "error" in outcome else error
+        return f"{group[0].name}, {time.monotonic() - start:.0f} s{error}"
 
     def _process(
         self,
-        workload: str,
-        settings: list[dict[str, Any]],
-        repeats: int,
-        warmup: int,
+        jobs: Sequence[Job],
         python: str,
-        deadline: float,
-        **environment: str,
-    ) -> Iterator[dict[str, Any]]:
+        until: float = math.inf,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Iterator[tuple[Job, dict[str, Any]]]:
         """What a fresh process finds, row by row. Ends early, with the error of the row that broke it."""
-        job = {
-            "script": str(self.script),
-            "workload": workload,
-            "settings": settings,
-            "repeats": repeats,
-            "warmup": warmup,
-            "threads": self.threads,
-            "seed": SEED,
-        }
-        environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(self.threads), **environment}
-        command = [python, str(WORKER), json.dumps(job)]
+        work = [[job.workload, job.settings, job.repeats, job.warmup] for job in jobs]
+        order = {"script": str(self.script), "jobs": work, "threads": self.threads, "seed": SEED}
         outcome: dict[str, Any] = {}
-        found = 0
         with (
             tempfile.TemporaryFile("w+") as stderr,
             subprocess.Popen(
-                command,
+                [python, str(WORKER), json.dumps(order)],
                 cwd=ROOT,
-                env=environment,
+                env={**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(self.threads), **environment},
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
@@ -215,25 +240,36 @@ class Session:
             ) as process,
         ):
             assert process.stdout is not None
-            left = min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
-            alarm = threading.Timer(left, _kill, [process])
-            alarm.start()
+            self._running.add(process)
             try:
-                for line in process.stdout:
-                    # Marked, because a workload may print, too; without its end the line was cut off.
-                    if line.startswith("row ") and line.endswith("\n"):
-                        outcome = json.loads(line.removeprefix("row "))
-                        found += 1
-                        yield outcome
-                code = process.wait()
+                start_up = START_UP
+                for job in jobs:
+                    limit = min(time.monotonic() + start_up + job.timeout, until, self.deadline)
+                    if (row := _next_row(process, process.stdout, limit)) is None:
+                        break
+                    outcome, start_up = row, 0.0
+                    yield job, outcome
+                else:
+                    return
+                code, now = process.wait(), time.monotonic()
             finally:
-                alarm.cancel()
+                self._running.discard(process)
                 _kill(process)
-            if found == len(settings) or "error" in outcome:  # this error is what ended it
+            if "error" in outcome:  # of the row before: this is what ended the process
                 return
             stderr.seek(0)
             said = stderr.read().strip().splitlines() or [f"exit code {code}"]
-        yield {"error": said[-1] if time.monotonic() < deadline else OUT_OF_TIME}
+        if now >= min(until, self.deadline):
+            said = [OUT_OF_TIME]
+        elif now >= limit:
+            said = [f"not measured within {job.timeout:g} s"]
+        yield job, {"error": said[-1]}
+
+    def _add(self, row: dict[str, Any]) -> Result:
+        self.rows.append(row)
+        if "error" in row:
+            return RowFailed(f"{row['workload']} {row['settings']}: {row['error']}")
+        return Measurement(**{field.name: row[field.name] for field in dataclasses.fields(Measurement)})
 
     def _stored_rows(self) -> dict[str, dict[str, Any]]:
         """Rows without an error that `path` holds from this machine and commit; their compilation, too."""
@@ -272,6 +308,44 @@ class Session:
         return self.path
 
 
+class Progress:
+    """A printed line for every name, once all that is measured for it is there, with the time to the end."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.start = time.monotonic()
+        self.left = Counter(names)
+        self.total = len(names)
+        self.failed: dict[str, list[RowFailed]] = {}
+
+    def add(self, name: str, result: Result) -> None:
+        self.left[name] -= 1
+        if isinstance(result, RowFailed):
+            self.failed.setdefault(name, []).append(result)
+        if self.left[name]:
+            return
+        left, failed = self.left.total(), self.failed.get(name, [])
+        seconds = time.monotonic() - self.start
+        note = f", {len(failed)} failed: {failed[0].reason}" if failed else ""
+        eta = f"{seconds:.0f} s, {seconds / (self.total - left) * left:.0f} s left"
+        print(f"{self.total - left}/{self.total} rows, {eta}: {name}{note}", flush=True)
+
+
+def _next_row(process: subprocess.Popen[str], lines: Iterable[str], until: float) -> dict[str, Any] | None:
+    """What the process says next; None where it ended, or was ended at `until`, before."""
+    left = min(max(until - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
+    alarm = threading.Timer(left, _kill, [process])
+    alarm.start()
+    try:
+        for line in lines:
+            # Marked, because a workload may print, too; without its end the line was cut off.
+            if line.startswith("row ") and line.endswith("\n"):
+                outcome: dict[str, Any] = json.loads(line.removeprefix("row "))
+                return outcome
+        return None
+    finally:
+        alarm.cancel()
+
+
 def _kill(process: subprocess.Popen[str]) -> None:
     """The process and those that it started."""
     with contextlib.suppress(ProcessLookupError):
@@ -282,58 +356,12 @@ def _key(workload: str, settings: dict[str, Any]) -> str:
     return json.dumps([workload, settings], sort_keys=True)
 
 
-def _result(row: dict[str, Any]) -> Measurement | RowFailed:
-    if "error" in row:
-        return RowFailed(f"{row['workload']} {row['settings']}: {row['error']}")
-    return Measurement(**{field.name: row[field.name] for field in dataclasses.fields(Measurement)})
-
-
-def commit() -> str:
-    """The checkout's commit, marked when files differ from it; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return "unknown"
-    return run.stdout.strip() or "unknown"
-
-
-def machine(threads: int) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        cpu = found.group(1)
-    memory = None
-    if meminfo.exists() and (found := re.search(r"MemTotal:\s*(\d+) kB", meminfo.read_text())):
-        memory = round(int(found.group(1)) / 2**20, 1)
-    described = {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "memory_gib": memory,
-        "system": f"{platform.system()} {platform.release().split('-')[0]}",
-        "python": platform.python_version(),
-    }
-    card = gpu()
-    return described if card is None else described | {"gpu": card}
-
-
-def gpu() -> dict[str, str] | None:
-    """The first NVIDIA card, its driver, and the versions of what compiles for it; None without one."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    if run.returncode or run.stdout.count(", ") < 2:
-        return None
-    found = dict(zip(("name", "driver", "memory"), run.stdout.splitlines()[0].split(", "), strict=True))
-    for package in ("torch", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+def _row(job: Job, outcome: dict[str, Any]) -> dict[str, Any]:
+    """As it is stored."""
+    row = {"workload": job.workload, "settings": job.settings, "repeats": job.repeats, "warmup": job.warmup}
+    if "error" not in outcome:
+        row["median_seconds"] = statistics.median(outcome["seconds"])
+    return row | outcome
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

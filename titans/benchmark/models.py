@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from torch import Tensor
 
 from titans.models import TitansConfig, TitansForCausalLM
@@ -31,6 +32,10 @@ class TrainingStep:
         vocabulary = self.model.config.vocab_size
         self.ids = torch.randint(vocabulary, (count, length), device=self.device)
         self._settle()
+        if self.compiled:  # one graph where nothing in a block broke it
+            counted = torch._dynamo.utils.counters
+            self.facts["graphs"] = counted["stats"]["unique_graphs"]
+            self.facts["graph_breaks"] = sum(counted["graph_break"].values())
         self.facts["parameters"] = sum(parameter.numel() for parameter in self.model.parameters())
         self.facts["micro_tokens"] = self.sequences * length
 
@@ -48,6 +53,7 @@ class TrainingStep:
 
     def _build(self) -> None:
         torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
         with torch.device(self.device):
             config = TitansConfig.named(self.settings["size"], **self.settings["config"])
             self.model = TitansForCausalLM(config)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from titans.benchmark.harness import Measurement, RowFailed, Session
+from titans.benchmark.harness import Job, Measurement, Progress, RowFailed, Session
 
 WORKLOADS = Path(__file__).resolve().parent / "models.py"
 BASELINE = "attention"
-TIMEOUT = 400.0  # seconds of one process
+TIMEOUT = 150.0  # seconds of a row, compilation included
+ONE_COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in each of the processes that compile side by side
 # Attention without persistent tokens: with them it would lose PyTorch's fastest kernel.
 _PLAIN = {"variant": "attention", "num_persistent_tokens": 0}
 _CHUNK_64 = {"chunk_size": 64}
@@ -43,19 +43,26 @@ class Plan:
     compiled: bool
     repeats: int = 3
 
-    def settings(self, row: str, **fields: Any) -> list[dict[str, Any]]:
-        """Of one process: every length. fields: of the configuration, over the row's."""
+    def jobs(self, row: str, **fields: Any) -> list[Job]:
+        """Every length. fields: of the configuration, over the row's."""
         return [
-            {
-                "device": self.device,
-                "dtype": "bfloat16",
-                "size": self.size,
-                "config": ROWS[row] | fields,
-                "tokens": tokens,
-                "step_tokens": self.step_tokens,
-                "micro_tokens": self.micro_tokens,
-                "compiled": self.compiled,
-            }
+            Job(
+                "training_step",
+                {
+                    "device": self.device,
+                    "dtype": "bfloat16",
+                    "size": self.size,
+                    "config": ROWS[row] | fields,
+                    "tokens": tokens,
+                    "step_tokens": self.step_tokens,
+                    "micro_tokens": self.micro_tokens,
+                    "compiled": self.compiled,
+                },
+                repeats=self.repeats,
+                warmup=0,  # building the step takes one, to see what fits
+                timeout=TIMEOUT,
+                name=row,
+            )
             for tokens in self.lengths
         ]
 
@@ -64,45 +71,33 @@ Found = dict[tuple[str, int], Measurement | RowFailed]
 
 
 def measure(session: Session, plan: Plan, names: Sequence[str], compile_jobs: int) -> None:
-    """A process for every model, which takes all lengths; the session is saved after each of them."""
-    _compile(session, plan, names, compile_jobs)
+    """One process measures all models at all lengths; saved, with the summary, after each."""
+    if plan.compiled and compile_jobs > 1:
+        session.compile(_compilations(session, plan, names), compile_jobs, TIMEOUT, **ONE_COMPILER)
+    jobs = [job for name in names for job in plan.jobs(name)]
     found: Found = {}
-    for name in names:
-        results = session.measure_each(
-            "training_step", plan.settings(name), repeats=plan.repeats, warmup=1, timeout=TIMEOUT
-        )
-        found |= {(name, length): result for length, result in zip(plan.lengths, results, strict=True)}
+    progress = Progress(names=[job.name for job in jobs])
+    for job, result in session.measure_each(jobs):
+        found[job.name, job.settings["tokens"]] = result
         session.summary["table"] = summarise(found, plan.step_tokens)
         session.save()
-        speeds = ", ".join(_speed(entry) for entry in session.summary["table"] if entry["row"] == name)
-        print(f"measured: {name}: {speeds}", flush=True)
+        progress.add(job.name, result)
 
 
-def _compile(session: Session, plan: Plan, names: Sequence[str], jobs: int) -> None:
-    """Models of one block and few words, several processes side by side, fill the compilers' caches.
+def _compilations(session: Session, plan: Plan, names: Sequence[str]) -> list[list[Job]]:
+    """Models of one block and few words, a process each: they fill the compilers' caches.
 
-    A block of the real model is the same graph: its process finds it compiled.
+    A block of the real model is the same graph: its process finds it compiled. One backward is enough.
     """
-    if jobs < 2 or not plan.compiled:
-        return
-    waiting = [
-        (setting, small)
-        for name in names
-        for setting, small in zip(
-            plan.settings(name),
-            plan.settings(name, num_hidden_layers=1, vocab_size=512),
-            strict=True,
-        )
-        if not session.knows("training_step", setting)
-    ]
-    if not waiting:
-        return
-    print(f"compiling {len(waiting)} blocks, {jobs} processes at a time", flush=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        for _, small in waiting:
-            # One backward is enough.
-            small["step_tokens"] = max(small["tokens"], min(plan.micro_tokens, plan.step_tokens))
-            pool.submit(session.compile, "training_step", [small], TIMEOUT)
+    groups = []
+    for name in names:
+        small = plan.jobs(name, num_hidden_layers=1, vocab_size=512)
+        for job, of_one_block in zip(plan.jobs(name), small, strict=True):
+            tokens = max(job.settings["tokens"], min(plan.micro_tokens, plan.step_tokens))
+            if not session.knows(job):
+                settings = of_one_block.settings | {"step_tokens": tokens}
+                groups.append([replace(of_one_block, settings=settings)])
+    return groups
 
 
 def summarise(found: Found, step_tokens: int) -> list[dict[str, Any]]:
@@ -173,5 +168,7 @@ def table(entries: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
         notes = [missed]
         if "compiler_error" in entry["facts"]:
             notes.append(f"{entry['tokens']} not compiled")
+        if entry["facts"].get("graph_breaks"):
+            notes.append(f"{entry['tokens']} in {entry['facts']['graphs']} graphs")
         cells[-1] = "; ".join(filter(None, [cells[-1], *notes]))
     return ["model", *map(str, lengths), "targets"], list(lines.values())

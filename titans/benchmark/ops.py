@@ -96,7 +96,10 @@ def gated_deltanet(settings: dict[str, Any]) -> Step:
     """Gated DeltaNet of flash-linear-attention. Where its backward refuses to run, the refusal is taken out.
 
     On Hopper with Triton 3.4 to 3.7.0 its gradients are wrong (its issue 640): the time stands, they do not.
+    share `[number, of]`, if there is one: only these of the configurations that its autotuners choose from.
     """
+    if "share" in settings:
+        take_share(import_module("triton.runtime.autotuner").Autotuner, *settings["share"])
     op_of_fla = import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
     # Read by the guard alone once the module is imported.
     vars(import_module("fla.ops.common.chunk_o"))["IS_NVIDIA_HOPPER"] = False
@@ -109,6 +112,17 @@ def gated_deltanet(settings: dict[str, Any]) -> Step:
         return output
 
     return _step(op, [q, k, v, decay, beta], settings)
+
+
+def take_share(autotuner: Any, number: int, of: int) -> None:
+    """From now on autotuners choose from every `of`-th of their configurations alone, at least from one."""
+    prune = autotuner.prune_configs
+
+    def share(self: Any, arguments: dict[str, Any]) -> list[Any]:
+        configurations: list[Any] = prune(self, arguments)
+        return configurations[number::of] or configurations[:1]
+
+    autotuner.prune_configs = share
 
 
 def attention(settings: dict[str, Any]) -> Step:

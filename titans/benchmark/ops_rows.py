@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from titans.benchmark.harness import Measurement, RowFailed, Session
+from titans.benchmark.harness import Job, Measurement, Progress, RowFailed, Session
 
 WORKLOADS = Path(__file__).resolve().parent / "ops.py"
 PEER = "gated-deltanet"
-TIMEOUT = 180.0  # seconds of one process
+PEER_SHARES = 4  # processes that compile its 75 kernels, at each width
+COPY = "copy"
+COPY_BYTES = 2**31
+COMPILE_TIMEOUT = 150.0  # seconds of one process
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Row:
     first_heads: bool = False
     shapes: tuple[tuple[int, int], ...] | None = None
     passes: tuple[str, ...] = ("forward", "both")
-    repeats: int = 20
-    warmup: int = 3
+    repeats: int = 10  # of 3 to 100 ms each: they scatter by a few per cent, and there are 120 rows
+    warmup: int = 2
+    timeout: float = 90.0
 
 
 def _memory(depth: int, expansion: int, chunk_size: int) -> dict[str, Any]:
@@ -44,7 +46,8 @@ OURS = {
     for name, shape in _MEMORIES.items()
     for chunk in (64, 16)
 }
-# Eager PyTorch: slow, and its memory grows with every chunk, so at one shape alone.
+# Eager PyTorch: slow, and its memory grows with every chunk, so at one shape alone. To torch.compile the op
+# is one opaque operator: compiled it would be the same.
 _CHUNKED = {
     f"{name}-c64-chunked": Row(
         "our_op",
@@ -53,6 +56,7 @@ _CHUNKED = {
         first_heads=True,
         repeats=3,
         warmup=1,
+        timeout=30.0,
     )
     for name in ("linear", "mlp4")
 }
@@ -64,7 +68,7 @@ DECODE = {
         shapes=((1, 1),),
         first_heads=True,
         passes=("forward",),
-        repeats=100,
+        repeats=100,  # of 0.2 ms
         warmup=10,
     )
 }
@@ -73,7 +77,7 @@ DECODE = {
 _LUCIDRAINS = _memory(2, 4, 64)
 LAYERS = {
     "layer-mlp4-c64": Row(
-        "our_layer", _LUCIDRAINS, shapes=((1, 1024), (4, 2048)), repeats=5, first_heads=True, passes=("both",)
+        "our_layer", _LUCIDRAINS, shapes=((1, 1024), (4, 2048)), first_heads=True, passes=("both",)
     ),
     "lucidrains": Row(
         "lucidrains_layer",
@@ -81,6 +85,7 @@ LAYERS = {
         shapes=((1, 1024),),
         repeats=1,
         warmup=1,
+        timeout=45.0,
         first_heads=True,
         passes=("both",),
     ),
@@ -90,11 +95,18 @@ LAYERS = {
         shapes=((4, 2048),),
         repeats=1,
         warmup=1,
+        timeout=45.0,
         first_heads=True,
         passes=("both",),
     ),
 }
-ROWS = {PEER: Row("gated_deltanet"), "attention": Row("attention"), **OURS, **DECODE, **_CHUNKED, **LAYERS}
+_OTHERS = {PEER: Row("gated_deltanet"), "attention": Row("attention"), **DECODE, **_CHUNKED, **LAYERS}
+# In the order in which they are measured: a run that is cut off holds what the targets need.
+_ORDER = (
+    *(PEER, "attention", "linear-c64", "mlp1-c64", "mlp4-c64", "decode-mlp4"),
+    *("linear-c16", "mlp1-c16", "mlp4-c16", "mlp2-c64", "mlp2-c16", *_CHUNKED, *LAYERS),
+)
+ROWS = {name: (OURS | _OTHERS)[name] for name in _ORDER}
 
 # Upper limits on the time of forward and backward over Gated DeltaNet's, by the number of sequences.
 TIME_TARGETS = {
@@ -120,14 +132,15 @@ class Plan:
     heads: tuple[tuple[int, int], ...]
     impl: str
 
-    def settings(self, row: Row) -> list[dict[str, Any]]:
-        """Of everything that is measured for the row, in one process."""
+    def jobs(self, name: str) -> list[Job]:
+        """Everything that is measured for the row."""
+        row = ROWS[name]
         batches = self.batches if row.batches is None else [b for b in self.batches if b in row.batches]
         shapes = row.shapes or tuple((batch, self.tokens // batch) for batch in batches)
         common = {"device": self.device, "dtype": "bfloat16"}
         if row.workload == "our_op":
             common["impl"] = self.impl
-        return [
+        settings = [
             common
             | {"batch": batch, "tokens": tokens, "heads": heads, "dim": dim, "passes": passes}
             | row.settings
@@ -135,6 +148,39 @@ class Plan:
             for batch, tokens in shapes
             for passes in row.passes
         ]
+        return [Job(row.workload, each, row.repeats, row.warmup, row.timeout, name) for each in settings]
+
+    def compilations(self, names: Sequence[str]) -> list[list[Job]]:
+        """What compiles Triton kernels, in groups for a process each, the longest first.
+
+        Gated DeltaNet chooses among about 75 configurations by timing, so each of its groups compiles a share
+        of them. It chooses again, from all, when it is measured: what is found beside others is not kept.
+        """
+        shares = [{"share": [number, PEER_SHARES]} for number in range(PEER_SHARES)]
+        groups: dict[str, list[Job]] = {}
+        for name in names:
+            row = ROWS[name]
+            ours = row.workload == "our_op" and self.impl == "triton" and "impl" not in row.settings
+            if not (ours or name == PEER or row.workload in ("decode_step", "our_layer")):
+                continue
+            for job in self.jobs(name):
+                # Forward alone and other numbers of sequences use the same kernels of the peer.
+                first = (job.settings["batch"], job.settings["passes"]) == (self.batches[0], "both")
+                if name == PEER and not first:
+                    continue
+                if ours and job.settings["passes"] == "forward":
+                    continue
+                for share in shares if name == PEER else [{}]:
+                    job_of_share = replace(job, settings=job.settings | share)
+                    group = f"{name} {job.settings['heads']}x{job.settings['dim']} {share.get('share', '')}"
+                    groups.setdefault(group, []).append(job_of_share)
+
+        def weight(group: list[Job]) -> float:
+            settings = group[0].settings
+            width = settings["dim"] * settings.get("expansion", 1) * settings.get("depth", 1)
+            return float("inf") if "share" in settings else width
+
+        return sorted(groups.values(), key=weight, reverse=True)
 
 
 Shape = tuple[int, int, int, int]  # batch, tokens, heads, dim
@@ -142,14 +188,14 @@ Found = dict[tuple[str, Shape, str], Measurement | RowFailed]
 
 
 def measure(session: Session, plan: Plan, names: Sequence[str], compile_jobs: int) -> None:
-    """A process for every peer and every memory; the session is saved, with its summary, after each."""
+    """One process compiles each kind of row, one measures all; saved, with the summary, after every row."""
+    jobs = [job for name in names for job in plan.jobs(name)]
     if plan.device == "cuda":
-        size = 2**31
-        job = {"device": "cuda", "bytes": size}
-        (copied,) = session.measure_each("copy", [job], repeats=10, warmup=2, timeout=TIMEOUT)
-        if isinstance(copied, Measurement):
-            session.summary["copy_terabytes_per_second"] = 2 * size / copied.median / 1e12
-        _compile(session, plan, names, compile_jobs)
+        if compile_jobs > 1:
+            left = [name for name in names if not all(map(session.knows, plan.jobs(name)))]
+            session.compile(plan.compilations(left), compile_jobs, COMPILE_TIMEOUT, FLA_CACHE_RESULTS="0")
+        settings = {"device": "cuda", "bytes": COPY_BYTES}
+        jobs.insert(0, Job("copy", settings, repeats=10, warmup=2, timeout=60.0, name=COPY))
     if PEER in names:
         session.summary["note"] = (
             "Gated DeltaNet's backward was timed with its guard taken out: on Hopper with Triton 3.4 to "
@@ -157,56 +203,17 @@ def measure(session: Session, plan: Plan, names: Sequence[str], compile_jobs: in
             "way there, was not used)."
         )
     found: Found = {}
-    for (workload, _, _, repeats, warmup), together in groupby(names, _process_of):
-        jobs = [(name, setting) for name in together for setting in plan.settings(ROWS[name])]
-        results = session.measure_each(
-            workload, [setting for _, setting in jobs], repeats=repeats, warmup=warmup, timeout=TIMEOUT
-        )
-        for (name, setting), result in zip(jobs, results, strict=True):
-            found[name, _shape(setting), setting["passes"]] = result
+    progress = Progress([job.name for job in jobs])
+    for job, result in session.measure_each(jobs):
+        if job.name != COPY:
+            found[job.name, _shape(job.settings), job.settings["passes"]] = result
+        elif isinstance(result, Measurement):
+            session.summary["copy_terabytes_per_second"] = 2 * COPY_BYTES / result.median / 1e12
         session.summary["table"] = summarise(
             found, session.summary.get("copy_terabytes_per_second"), first_seconds(session)
         )
         session.save()
-        failed = [result for result in results if isinstance(result, RowFailed)]
-        note = f", {len(failed)} failed: {failed[0]}" if failed else ""
-        print(f"measured: {', '.join(dict(jobs))}: {len(results)} rows{note}", flush=True)
-
-
-def _process_of(name: str) -> tuple[str, int, int, int, int]:
-    """Neighbours that agree in this share a process: the chunk sizes of one memory."""
-    row = ROWS[name]
-    depth, expansion = (row.settings.get(key, 0) for key in ("depth", "expansion"))
-    return row.workload, depth, expansion, row.repeats, row.warmup
-
-
-def _compile(session: Session, plan: Plan, names: Sequence[str], jobs: int) -> None:
-    """Triton kernels of the op and of Gated DeltaNet, several processes side by side, before any timing.
-
-    Gated DeltaNet chooses among about 75 configurations by timing: minutes to compile. It chooses again, from
-    compiled ones, when it is measured, because what it finds here, beside others, is not stored.
-    """
-    if jobs < 2:
-        return
-    waiting: list[tuple[str, list[dict[str, Any]]]] = []
-    for name in names:
-        row = ROWS[name]
-        if name != PEER and not (name in OURS and plan.impl == "triton"):
-            continue
-        for heads in plan.heads:
-            settings = [
-                setting
-                for setting in replace(plan, heads=(heads,)).settings(row)
-                if setting["passes"] == "both" and not session.knows(row.workload, setting)
-            ]
-            if settings:
-                waiting.append((row.workload, settings))
-    if not waiting:
-        return
-    print(f"compiling, {jobs} processes at a time", flush=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        for workload, settings in waiting:
-            pool.submit(session.compile, workload, settings, TIMEOUT, FLA_CACHE_RESULTS="0")
+        progress.add(job.name, result)
 
 
 def _shape(setting: dict[str, Any]) -> Shape:
@@ -220,7 +227,7 @@ def first_seconds(session: Session) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for row in session.compiled:
-        if "first_seconds" in row:
+        if "first_seconds" in row and "share" not in row["settings"]:
             found.setdefault(_first_key(row["workload"], row["settings"]), row["first_seconds"])
     return found
 

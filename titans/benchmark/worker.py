@@ -22,22 +22,23 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PEERS = {"titans_pytorch": "titans-pytorch", "fla": "fla-core", "triton": "triton"}
 
 
-def main(job: dict[str, Any]) -> None:
+def main(order: dict[str, Any]) -> None:
     """Print one marked line per row. Ends early only where the process can no longer be used."""
     import torch
 
-    torch.set_num_threads(job["threads"])
+    torch.set_num_threads(order["threads"])
     failed: Exception | None = None
     try:
-        workload = getattr(load_script(job["script"]), job["workload"])
+        script = load_script(order["script"])
     except Exception as error:
         failed = error
-    for settings in job["settings"]:
-        torch.manual_seed(job["seed"])
+    gc.freeze()  # what was imported need not be searched for garbage after every row: 0.1 s
+    for workload, settings, repeats, warmup in order["jobs"]:
+        torch.manual_seed(order["seed"])
         try:
             if failed is not None:
                 raise failed
-            outcome = measure(workload, settings, job["repeats"], job["warmup"])
+            outcome = measure(getattr(script, workload), settings, repeats, warmup)
         except Exception as error:
             outcome = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}
         print(f"row {json.dumps(outcome)}", flush=True)
@@ -48,9 +49,15 @@ def main(job: dict[str, Any]) -> None:
 
 
 def load_script(path: str) -> ModuleType:
+    """The workloads, which may import parts of titans.
+
+    `import titans` brings transformers along, for seconds, and a peer's interpreter may lack it: a package
+    without its `__init__` stands in. Workloads that need the models import those.
+    """
     sys.path[0] = str(ROOT)  # titans from where this file is, and nothing from this file's own folder
-    # Benchmarks import the harness; `import titans` wants transformers, which a peer's interpreter may lack.
-    load_file("titans.benchmark.harness", Path(__file__).resolve().parent / "harness.py")
+    titans = ModuleType("titans")
+    titans.__path__ = [str(ROOT / "titans")]
+    sys.modules["titans"] = titans
     return load_file("workloads", Path(path))
 
 
