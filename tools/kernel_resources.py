@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titans.ops.kernels import linear_passes, mlp_passes
+from titans.ops.kernels import layer_conv, layer_norm, linear_passes, mlp_passes
 from titans.ops.kernels.gates import gate_vectors
 from titans.ops.kernels.launch import Launch
 from titans.ops.kernels.linear import (
@@ -44,11 +44,11 @@ from titans.ops.kernels.mlp_forward import mlp_read, mlp_write
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "kernel_resources.json"
 
-INTEGERS = {"num_rows", "group_start", "group_end", "stride"}
-INDICES = {"table": "*i64", "cell_row": "*i32"}
+INTEGERS = {"num_rows", "group_start", "group_end", "stride", "T", "tokens"}
+INDICES = {"table": "*i64", "cell_row": "*i32", "arrived": "*i32"}
 # Gates, the state between groups, the LN and the gradients of these are fp32 for every dtype of q, k and v.
 FP32 = re.compile(
-    r"vectors\d?|(grad_)?(gain|bias|theta|log_decay|log_momentum|first\d|end\d)|rstd\w*|gate_parts\d?"
+    r"vectors\d?|(grad_)?(gain|bias|weight|theta|log_decay|log_momentum|first\d|end\d)|rstd\w*|gate_parts\d?|exchange"
     r"|\w+_(state|anchor)"
 )
 
@@ -100,6 +100,14 @@ def compiled_kernels() -> Iterator[Configuration]:
             yield _configuration(kernel, launch, "bf16", {"D": D, "F": F, "BF": min(launch.block, F), "C": C})
     for C in (16, 64):
         yield _configuration(gate_vectors, Launch(warps=4, stages=3), "bf16", {"C": C})
+    layer = {
+        layer_conv.conv_forward: layer_conv.FORWARD,
+        layer_conv.conv_backward: layer_conv.BACKWARD,
+        layer_norm.norm_gate_forward: layer_norm.FORWARD,
+        layer_norm.norm_gate_backward: layer_norm.BACKWARD,
+    }
+    for kernel, launch in layer.items():
+        yield _layer_configuration(kernel, launch, heads=16, dim=64)
 
 
 def _configuration(kernel: Any, launch: Launch, dtype: str, sizes: dict[str, int]) -> Configuration:
@@ -120,6 +128,17 @@ def _configuration(kernel: Any, launch: Launch, dtype: str, sizes: dict[str, int
     label = " ".join(f"{key}{sizes[key]}" for key in ("D", "F", "C") if key in sizes)
     name = f"{kernel.__name__} {label} {dtype}"
     return Configuration(name, kernel, constants, launch.warps, launch.stages, dtype)
+
+
+def _layer_configuration(kernel: Any, launch: Launch, heads: int, dim: int) -> Configuration:
+    """Half-precision streams, fp32 parameters."""
+    tokens = layer_conv.TOKENS if kernel is layer_conv.conv_backward else launch.block // dim
+    sizes = {"H": heads, "D": dim, "BD": dim, "BH": launch.block // dim, "BT": tokens}
+    options = {"TILES": layer_norm.TILES, "STAGES": launch.stages, "UNIT": True, "EPS": layer_conv.EPS}
+    constants = {key: value for key, value in {**sizes, **options}.items() if key in kernel.arg_names}
+    return Configuration(
+        f"layer {kernel.__name__} D{dim} bf16", kernel, constants, launch.warps, launch.stages
+    )
 
 
 def resources(configuration: Configuration) -> dict[str, int]:
@@ -161,18 +180,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="configurations whose name contains one of these"
+    )
     parser.add_argument("--warps", type=int)
     parser.add_argument("--stages", type=int)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=INT", help="other constants")
     parser.add_argument("--write", action="store_true", help=f"all of them into {RESULTS.relative_to(ROOT)}")
     arguments = parser.parse_args()
-    if arguments.write and (arguments.only or arguments.warps or arguments.stages or arguments.set):
+    if arguments.write and (arguments.only != [""] or arguments.warps or arguments.stages or arguments.set):
         parser.error("--write records every configuration as it is launched")
     changes = {key: int(value) for key, _, value in (change.partition("=") for change in arguments.set)}
     found = {}
     for configuration in compiled_kernels():
-        if arguments.only not in configuration.name:
+        if not any(part in configuration.name for part in arguments.only):
             continue
         configuration = replace(
             configuration,

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 RECORD = json.loads((ROOT / "results" / "kernel_resources.json").read_text())
 SHARED_BYTES = 227 * 1024  # that a block may have on sm_90
 SPILL_SLACK = 64  # bytes a thread: 16 registers, more than reordering a few lines moves
-SMALL = [name for name in RECORD["kernels"] if name.endswith("C16 bf16")]  # every kernel once: 20 seconds
+ONLY = ("C16 bf16", "layer")  # every kernel once: 20 seconds
+SMALL = [name for name in RECORD["kernels"] if any(part in name for part in ONLY)]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler runs on Linux")
 
@@ -25,7 +26,7 @@ def found(tmp_path_factory) -> dict[str, dict[str, Any]]:
     # Not in the interpreter, whose functions cannot be compiled, and not from an earlier run's cache.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tools.kernel_resources", "--only", "C16 bf16"]
+    command = [sys.executable, "-m", "tools.kernel_resources", "--only", *ONLY]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = map(json.loads, done.stdout.splitlines())

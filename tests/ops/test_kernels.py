@@ -70,20 +70,22 @@ def test_agreement_in_fp32(call):
     assert worst_error(random_inputs(spec, **options), torch.float32)[0] < FP32
 
 
-@pytest.mark.parametrize("spec", [LINEAR, MLP], ids=["linear", "mlp"])
+@pytest.mark.parametrize("spec", [LINEAR, WIDE], ids=["linear", "mlp"])
 def test_error_budget_in_fp16(spec):
-    worst, output = worst_error(random_inputs(spec), torch.float16)
+    """A small step: with random tokens the dynamics turn chaotic otherwise, in any precision."""
+    worst, output = worst_error(random_inputs(spec, step=0.1, forget=0.02), torch.float16)
     assert output < 5e-3
     assert worst < 2e-2
 
 
-@pytest.mark.parametrize("spec", [LINEAR, MLP, WIDE], ids=["linear", "resident", "streamed"])
+@pytest.mark.parametrize("spec", [LINEAR, MLP, WIDE], ids=["linear", "one block", "two blocks"])
 def test_groups_of_one_step(spec, monkeypatch):
-    """A budget that one step exceeds: the state passes from group to group, forward and back."""
+    """A budget that one step exceeds: the state passes from group to group, forward and back. Two blocks: the
+    parallel kernels walk over the hidden width."""
     from titans.ops.kernels import mlp_passes
     from titans.ops.kernels.launch import Launch
 
-    for name in ("WRITE", "READ", "READ_BACKWARD_1", "READ_BACKWARD_2", "WRITE_BACKWARD", "FINISH"):
+    for name in ("READ", "READ_BACKWARD_1", "READ_BACKWARD_2", "FINISH"):
         monkeypatch.setattr(mlp_passes, name, Launch(warps=8, block=16))
     monkeypatch.setattr(passes, "SCRATCH_BYTES", 1)
     assert worst_error(random_inputs(spec), torch.float32)[0] < FP32
@@ -171,12 +173,12 @@ def test_the_plan_covers_every_chunk_once():
             for n in range(int(count[row]))
         ]
         assert len({cell for cell, _ in cells}) == len(cells)
-        assert max(cell for cell, _ in cells) < plan.cells
+        assert max(cell for cell, _ in cells) < plan.sizes.cells
         assert all(int(plan.cell_row[cell]) == row for cell, row in cells)
         lengths = torch.where(end > begin, end - first, 0)
         assert torch.equal((lengths + 15) // 16, count)
-        covered = [cell for group in plan.groups(4) for cell in range(*group)]
-        assert covered == list(range(plan.cells))
+        covered = [cell for group in plan.sizes.groups(4) for cell in range(*group)]
+        assert covered == list(range(plan.sizes.cells))
 
 
 ON_THE_CARD = {
@@ -189,8 +191,8 @@ ON_THE_CARD = {
 @pytest.mark.parametrize("chunk_size", [16, 32, 64])
 @pytest.mark.parametrize("case", ON_THE_CARD)
 def test_error_budget_in_bf16(case, chunk_size):
-    """The contract's ceilings, every configuration that can be chosen. T = 70: chunks of 16 at the test's step
-    size turn chaotic later, in any precision."""
+    """The contract's ceilings, every configuration that can be chosen. T = 70: with chunks of 16 and random
+    tokens the dynamics turn chaotic later, in any precision."""
     inputs = random_inputs(ON_THE_CARD[case], tokens=70, chunk_size=chunk_size, forget=0.02, step=0.1)
     worst, output = worst_error(inputs, torch.bfloat16, "cuda")
     assert output < 5e-3

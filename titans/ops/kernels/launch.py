@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from titans.ops.kernels.functions import ROWS
 from titans.ops.kernels.gates import gate_vectors
 from titans.ops.kernels.plan import Plan, make_plan
+from titans.ops.kernels.support import interpreted
 from titans.ops.spec import MemorySpec
 
 
@@ -38,10 +39,8 @@ class TokenGradients:
     theta: Tensor
     log_decay: Tensor
     log_momentum: Tensor
-    gain: Tensor  # `[H, D]`, of the reads
-    bias: Tensor
-    row_gain: Tensor  # `[rows, H, D]`, of the writes
-    row_bias: Tensor
+    gain: Tensor | None = None  # `[H, D]`, where the memory has an LN
+    bias: Tensor | None = None
 
 
 def _fp32(tensor: Tensor) -> Tensor:
@@ -63,17 +62,29 @@ class Call:
         gates = [gate.expand(*gate.shape[:-1], self.sets).contiguous() for gate in gates]
         self.theta, self.log_decay = gates[:2]
         self.log_momentum = gates[-1]  # log_decay where there is none: never read
-        device = self.q.device
-        self.gain = (
-            torch.ones(self.H, self.D, device=device) if x.norm_weight is None else _fp32(x.norm_weight)
-        )
-        self.bias = torch.zeros(self.H, self.D, device=device) if x.norm_bias is None else _fp32(x.norm_bias)
+        self._norm = (x.norm_weight, x.norm_bias)
         self.plan: Plan = make_plan(self.B, self.T, self.C, x.position, x.cu_seqlens)
         self.exact = self.q.dtype == torch.float32
         self.precision = "ieee" if self.exact else "tf32"  # of products of fp32 tiles; half ones ignore it
 
+    @property
+    def one_after_another(self) -> bool:
+        """The interpreter runs programs in turn: none may wait for another one."""
+        return interpreted()
+
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+
+    @cached_property
+    def gain(self) -> Tensor:
+        """`[H, D]` of the memory's LN, and so is `bias`."""
+        weight = self._norm[0]
+        return torch.ones(self.H, self.D, device=self.q.device) if weight is None else _fp32(weight)
+
+    @cached_property
+    def bias(self) -> Tensor:
+        bias = self._norm[1]
+        return torch.zeros(self.H, self.D, device=self.q.device) if bias is None else _fp32(bias)
 
     @cached_property
     def grads(self) -> TokenGradients:
@@ -81,12 +92,10 @@ class Call:
             torch.empty_like, (self.q, self.k, self.v, self.theta, self.log_decay)
         )
         log_momentum = torch.empty_like(self.log_momentum) if self.momentum else self.log_momentum
-        zeros = partial(torch.zeros, device=self.q.device)
-        rows, H, D = self.plan.rows, self.H, self.D
-        return TokenGradients(
-            *(q, k, v, theta, log_decay, log_momentum),
-            *(zeros(H, D), zeros(H, D), zeros(rows, H, D), zeros(rows, H, D)),
-        )
+        grads = TokenGradients(q, k, v, theta, log_decay, log_momentum)
+        if self.spec.norm:
+            grads.gain, grads.bias = (torch.zeros(self.H, self.D, device=self.q.device) for _ in "gb")
+        return grads
 
     def gate_vectors(self, group: tuple[int, int]) -> Tensor:
         """`[sets, cells, H, ROWS, C]`, see `functions.py`."""

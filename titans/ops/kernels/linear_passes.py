@@ -15,6 +15,7 @@ from titans.ops.kernels.linear import (
     linear_write,
     linear_write_backward,
 )
+from titans.ops.spec import MemorySpec
 
 WRITE = Launch(warps=4, stages=2, block=32)
 READ = Launch(warps=4, stages=2, block=64)
@@ -35,11 +36,9 @@ class LinearGroup:
     G: Tensor
 
     @staticmethod
-    def bytes_per_cell(call: Call, backward: bool) -> int:
-        """Of the buffers of one head of a cell."""
-        D, C = call.D, call.C
-        states = 6 if backward else 2
-        return (states * D * D + (3 if backward else 1) * C * D) * call.q.element_size()
+    def numbers_per_cell(spec: MemorySpec, chunk_size: int) -> int:
+        """In the buffers of one head of a cell, forward and backward."""
+        return 6 * spec.dim**2 + 3 * chunk_size * spec.dim
 
     @classmethod
     def allocate(cls, call: Call, group: tuple[int, int]) -> LinearGroup:

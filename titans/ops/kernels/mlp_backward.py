@@ -26,7 +26,9 @@ from titans.ops.kernels.functions import (
     mixing,
     normalize,
     normalize_backward,
+    place_of,
     row_of,
+    sum_of_parts,
 )
 from titans.ops.kernels.gates import (
     GRAD_COLUMN,
@@ -165,14 +167,16 @@ def mlp_read_backward_1(
     beta2 = tl.load(gates2 + BETA * C + slots)
     Q_beta = (beta1[:, None] * Q_CD).to(dtype)
     dZ2_beta = (beta2[:, None] * dZ2_CD).to(dtype)
-    dQ_CD = tl.zeros([C, D], tl.float32)
+    by_W1 = tl.zeros([C, D], tl.float32)  # dZ1 W1^T
     products_CC = tl.zeros([C, C], tl.float32)  # dZ1 G1^T
     grad_row = tl.zeros([C], tl.float32)
     grad_feed = tl.zeros([C], tl.float32)
     if MOMENTUM:
         feed1 = tl.load(gates1 + FEED * C + slots)
         feed2 = tl.load(gates2 + FEED * C + slots)
+        Q_feed = (feed1[:, None] * Q_CD).to(dtype)
         dZ2_feed = (feed2[:, None] * dZ2_CD).to(dtype)
+        by_S1 = tl.zeros([C, D], tl.float32)
     for block in range(F // BF):
         tile = at * D * F + of_D[:, None] * F + block * BF + of_B[None, :]
         tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
@@ -182,8 +186,7 @@ def mlp_read_backward_1(
         Z1 = matmul_add(mixed1_CC, G1, Z1, PRECISION)
         if MOMENTUM:
             S1 = tl.load(S1_start + tile)
-            by_S1 = matmul(Q_CD, S1, PRECISION)
-            Z1 += feed1[:, None] * by_S1
+            Z1 = matmul_add(Q_feed, S1, Z1, PRECISION)
         read_C, slope = act_slope(Z1, ACT)
         read_low = read_C.to(dtype)
         written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT).to(dtype)
@@ -191,28 +194,31 @@ def mlp_read_backward_1(
         if MOMENTUM:
             dH = matmul_add(dZ2_feed, tl.load(S2_start + tile), dH, PRECISION)
         dH = matmul_add(dscores2_CC, written_C, dH, PRECISION)
-        dZ1 = dH * slope
-        dZ1_low = dZ1.to(dtype)
+        dH *= slope
+        grad_row += tl.sum(dH * Z1, 1)
+        dZ1_low = dH.to(dtype)
         tl.store(grad_H + tile_CB, matmul(dscores2_T, read_low, PRECISION).to(dtype))
-        dW2 = matmul(dZ2_DC, (beta2[:, None] * read_C).to(dtype), PRECISION)
+        dW2 = matmul(dZ2_DC, (beta2[:, None] * read_low).to(dtype), PRECISION)
         tl.store(grad_W2 + tile, dW2.to(dtype))
         tl.store(grad_G1 + tile_CB, matmul(mixed1_T, dZ1_low, PRECISION).to(dtype))
-        dZ1_beta = (beta1[:, None] * dZ1).to(dtype)
-        tl.store(grad_W1 + tile, matmul(Q_DC, dZ1_beta, PRECISION).to(dtype))
-        dQ_CD = matmul_add(dZ1_beta, tl.trans(W1), dQ_CD, PRECISION)
+        dW1 = matmul(Q_DC, (beta1[:, None] * dZ1_low).to(dtype), PRECISION)
+        tl.store(grad_W1 + tile, dW1.to(dtype))
+        by_W1 = matmul_add(dZ1_low, tl.trans(W1), by_W1, PRECISION)
         products_CC = matmul_add(dZ1_low, tl.trans(G1), products_CC, PRECISION)
-        grad_row += tl.sum(dZ1 * Z1, 1)
         if MOMENTUM:
-            dS2 = matmul(dZ2_DC, (feed2[:, None] * read_C).to(dtype), PRECISION)
+            dS2 = matmul(dZ2_DC, (feed2[:, None] * read_low).to(dtype), PRECISION)
             tl.store(grad_S2 + tile, dS2.to(dtype))
-            dZ1_feed = (feed1[:, None] * dZ1).to(dtype)
-            tl.store(grad_S1 + tile, matmul(Q_DC, dZ1_feed, PRECISION).to(dtype))
-            dQ_CD = matmul_add(dZ1_feed, tl.trans(S1), dQ_CD, PRECISION)
-            grad_feed += tl.sum(dZ1 * by_S1, 1)
+            dS1 = matmul(Q_DC, (feed1[:, None] * dZ1_low).to(dtype), PRECISION)
+            tl.store(grad_S1 + tile, dS1.to(dtype))
+            by_S1 = matmul_add(dZ1_low, tl.trans(S1), by_S1, PRECISION)
     K_CD = tl.load(k + at_QD, mask=real[:, None], other=0.0)
     weights1_CC = mixing(gates1, slots, C, MOMENTUM, EXACT) * tl.load(gates1 + THETA * C + slots)[None, :]
     scores1_CC = matmul(Q_CD, tl.trans(K_CD), PRECISION)
     dscores1_CC = (-products_CC * weights1_CC).to(dtype)
+    dQ_CD = beta1[:, None] * by_W1
+    if MOMENTUM:
+        dQ_CD += feed1[:, None] * by_S1
+        grad_feed = tl.sum(Q_CD.to(tl.float32) * by_S1, 1)
     dQ_CD = matmul_add(dscores1_CC, K_CD, dQ_CD, PRECISION)
     if RESIDUAL:
         dQ_CD += tl.load(grad_y + at_QD, mask=real[:, None], other=0.0).to(tl.float32)
@@ -226,37 +232,36 @@ def mlp_read_backward_1(
 
 @triton.jit
 def mlp_write_backward(
-    k, v, gain, bias, vectors1, vectors2, table, dW1_state, dS1_state, dW2_state, dS2_state,
-    grad_first1, grad_first2, grad_end1, grad_end2, W2_start, Z1_in, G2_in, normed_in, rstd_in,
+    k, gain, vectors1, vectors2, table, dW1_state, dS1_state, dW2_state, dS2_state,
+    grad_first1, grad_first2, grad_end1, grad_end2, W2_start, Z1_in, G2_in, normed_in, GN_in, rstd_in,
     grad_H, grad_G1, grad_G2, grad_W1, grad_S1, grad_W2, grad_S2, dW1_end, dS1_end, dW2_end, dS2_end,
-    grad_Z2, grad_v, grad_gain, grad_bias,
+    grad_Z2, complete_Z1, complete_G2, exchange, arrived,
     num_rows, group_start, group_end, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows x H). grad_G1 is completed, grad_H becomes the gradient of the written Z1, `*_end` get the
-    gradients of the state at the chunk's end. grad_gain, grad_bias `[rows, H, D]` fp32 are added to."""
-    RESIDENT: tl.constexpr = BF == F
-    row, head = tl.program_id(0) // H, tl.program_id(0) % H
+    """Grid (rows x H x F / BF), see `mlp_write`. complete_Z1 and complete_G2 get the gradients of the
+    written Z1 and of G2, `*_end` those of the state at the chunk's end."""
+    PARTS: tl.constexpr = F // BF
+    place = place_of(arrived + num_rows * H, PARTS)
+    part, row, head = place % PARTS, place // PARTS // H, place // PARTS % H
     begin, end, first, base, count = row_of(table, row, num_rows)
     low, high = chunks_of_group(base, count, stride, group_start, group_end)
     if low >= high:
         return
-    slots, of_D, of_B = tl.arange(0, C), tl.arange(0, D), tl.arange(0, BF)
+    slots, of_D = tl.arange(0, C), tl.arange(0, D)
+    columns = part * BF + tl.arange(0, BF)
+    tile = of_D[:, None] * F + columns[None, :]
     state = (row.to(tl.int64) * H + head) * D * F
+    exchange += (row.to(tl.int64) * H + head) * 2 * PARTS * C * D
     anchor_slot = ((group_end - group_start + row).to(tl.int64) * H + head) * D * F
     dtype = k.dtype.element_ty
     gain_D = tl.load(gain + head * D + of_D)
-    bias_D = tl.load(bias + head * D + of_D)
-    dgain_D = tl.zeros([D], tl.float32)
-    dbias_D = tl.zeros([D], tl.float32)
-    if RESIDENT:
-        tile = of_D[:, None] * F + of_B[None, :]
-        dW1 = tl.load(dW1_state + state + tile)
-        dW2 = tl.load(dW2_state + state + tile)
-        if MOMENTUM:
-            dS1 = tl.load(dS1_state + state + tile)
-            dS2 = tl.load(dS2_state + state + tile)
+    dW1 = tl.load(dW1_state + state + tile)
+    dW2 = tl.load(dW2_state + state + tile)
+    if MOMENTUM:
+        dS1 = tl.load(dS1_state + state + tile)
+        dS2 = tl.load(dS2_state + state + tile)
     for back in range(high - low):
         n = high - 1 - back
         at = (base + n * stride - group_start) * H + head
@@ -267,150 +272,110 @@ def mlp_write_backward(
         at_KD = rows_C[:, None] + of_D[None, :]
         at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
         at_DC = at * C * D + slots[None, :] * D + of_D[:, None]
+        tile_CB = at * C * F + slots[:, None] * F + columns[None, :]
         K_CD = tl.load(k + at_KD, mask=real[:, None], other=0.0)
+        Z1 = tl.load(Z1_in + tile_CB)
+        W2 = tl.load(W2_start + anchor + tile)
         G2_CD = tl.load(G2_in + at_CD)
+        dG1 = tl.load(grad_G1 + tile_CB).to(tl.float32)
         gates1 = vectors1 + at * ROWS * C
         gates2 = vectors2 + at * ROWS * C
         theta1 = tl.load(gates1 + THETA * C + slots)
         theta2 = tl.load(gates2 + THETA * C + slots)
         of_W1 = -theta1 * tl.load(gates1 + LAST_W * C + slots)
         of_W2 = -theta2 * tl.load(gates2 + LAST_W * C + slots)
-        K_W = (of_W1[:, None] * K_CD).to(dtype)
+        low_dW2 = dW2.to(dtype)
+        tl.store(dW2_end + at * D * F + tile, low_dW2)
+        low_dW1 = dW1.to(dtype)
+        tl.store(dW1_end + at * D * F + tile, low_dW1)
+        hidden_C, slope_C, bend_C = act_curvature(Z1.to(tl.float32), ACT)
+        hidden_C = hidden_C.to(dtype)  # half the registers, as what follows
+        slope_C = slope_C.to(dtype)
+        bend_C *= matmul(G2_CD, W2, PRECISION)
+        dG1 = matmul_add((of_W1[:, None] * K_CD).to(dtype), low_dW1, dG1, PRECISION)
+        dG2_CD = matmul((of_W2[:, None] * hidden_C).to(dtype), tl.trans(low_dW2), PRECISION)
         if MOMENTUM:
             of_S1 = -theta1 * tl.load(gates1 + LAST_S * C + slots)
             of_S2 = -theta2 * tl.load(gates2 + LAST_S * C + slots)
-            K_S = (of_S1[:, None] * K_CD).to(dtype)
-        dG2_CD = tl.load(grad_G2 + at_CD).to(tl.float32)
-        if not RESIDENT:
-            tl.debug_barrier()  # the states' gradients were stored by other threads
-        for block in range(F // BF):
-            tile = of_D[:, None] * F + block * BF + of_B[None, :]
-            tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
-            if not RESIDENT:
-                dW1 = tl.load(dW1_state + state + tile)
-                dW2 = tl.load(dW2_state + state + tile)
-                if MOMENTUM:
-                    dS1 = tl.load(dS1_state + state + tile)
-                    dS2 = tl.load(dS2_state + state + tile)
-            W2 = tl.load(W2_start + anchor + tile)
-            written_C, slope = act_slope(tl.load(Z1_in + tile_CB).to(tl.float32), ACT)
-            dG1 = matmul_add(K_W, dW1.to(dtype), tl.load(grad_G1 + tile_CB).to(tl.float32), PRECISION)
-            dG2_CD = matmul_add(
-                (of_W2[:, None] * written_C).to(dtype), tl.trans(dW2.to(dtype)), dG2_CD, PRECISION
-            )
-            if MOMENTUM:
-                dG1 = matmul_add(K_S, dS1.to(dtype), dG1, PRECISION)
-                dG2_CD = matmul_add(
-                    (of_S2[:, None] * written_C).to(dtype), tl.trans(dS2.to(dtype)), dG2_CD, PRECISION
-                )
-            tl.store(grad_G1 + tile_CB, dG1.to(dtype))
-            dG2_CD = matmul_add((dG1 * slope).to(dtype), tl.trans(W2), dG2_CD, PRECISION)
+            low_dS1 = dS1.to(dtype)
+            low_dS2 = dS2.to(dtype)
+            tl.store(dS1_end + at * D * F + tile, low_dS1)
+            tl.store(dS2_end + at * D * F + tile, low_dS2)
+            dG1 = matmul_add((of_S1[:, None] * K_CD).to(dtype), low_dS1, dG1, PRECISION)
+            dG2_CD = matmul_add((of_S2[:, None] * hidden_C).to(dtype), tl.trans(low_dS2), dG2_CD, PRECISION)
+        bend_C = (bend_C * dG1).to(dtype)
+        gated_C = (dG1 * slope_C).to(dtype)  # gradient of G2 W2^T
+        dG2_CD = matmul_add(gated_C, tl.trans(W2), dG2_CD, PRECISION)
+        dG2_CD = sum_of_parts(dG2_CD, exchange, arrived + place // PARTS, part, back, PARTS, C, D)
+        dG2_CD += tl.load(grad_G2 + at_CD).to(tl.float32)
         if NORM:
             normed = tl.load(normed_in + at_CD).to(tl.float32)
+            GN_CD = tl.load(GN_in + at_CD).to(tl.float32)
             rstd = tl.load(rstd_in + at * C + slots)
-            shifted = bias_D[None, :] - tl.load(v + at_KD, mask=real[:, None], other=0.0).to(tl.float32)
-            if RESIDUAL:
-                shifted += K_CD.to(tl.float32)
-            error = 2.0 * (gain_D[None, :] * normed + shifted)
-            of_normed = gain_D[None, :] * error
-            along = tl.sum(of_normed * normed, 1) / D
-            through = tl.sum(dG2_CD * normed, 1) / D
-            d_of_normed = normalize_backward(dG2_CD, normed, rstd, D)
-            d_error = gain_D[None, :] * d_of_normed
-            inner = normalize_backward(of_normed, normed, rstd, D)
-            d_log_rstd = tl.sum(dG2_CD * inner, 1) / D
-            d_normed = -rstd[:, None] * (dG2_CD * along[:, None] + of_normed * through[:, None])
-            d_normed += 2.0 * gain_D[None, :] * d_error
-            dgain_D += tl.sum(d_of_normed * error + 2.0 * d_error * normed, 0)
-            dbias_D += tl.sum(2.0 * d_error, 0)
+            mean_GN = tl.sum(GN_CD, 1) / D
+            along_GN = tl.sum(GN_CD * normed, 1) / D
+            mean_dG2 = tl.sum(dG2_CD, 1) / D
+            along_dG2 = tl.sum(dG2_CD * normed, 1) / D
+            # G2 = rstd (GN - mean - normed along): through rstd, through normed and along, through GN.
+            d_log_rstd = rstd * (tl.sum(dG2_CD * GN_CD, 1) / D - mean_dG2 * mean_GN - along_dG2 * along_GN)
+            d_GN = rstd[:, None] * (dG2_CD - mean_dG2[:, None] - normed * along_dG2[:, None])
+            d_normed = -rstd[:, None] * (dG2_CD * along_GN[:, None] + GN_CD * along_dG2[:, None])
+            d_normed += (2.0 * gain_D * gain_D)[None, :] * d_GN
             dZ2_CD = normalize_backward(d_normed, normed, rstd, D) - (d_log_rstd * rstd)[:, None] * normed
         else:
-            d_error = dG2_CD
             dZ2_CD = 2.0 * dG2_CD
-        tl.store(grad_v + at_KD, (-2.0 * d_error).to(grad_v.dtype.element_ty), mask=real[:, None])
-        dZ2_low = dZ2_CD.to(dtype)
-        tl.store(grad_Z2 + at_CD, dZ2_low)
+        dZ2_CD = dZ2_CD.to(dtype)
+        tl.store(grad_Z2 + at_CD, dZ2_CD)  # every part stores the same bits, and reads what it stored itself
+        tl.store(complete_G2 + at_CD, dG2_CD.to(dtype))
         tl.debug_barrier()
         dZ2_DC = tl.load(grad_Z2 + at_DC)
         G2_DC = tl.load(G2_in + at_DC)
         K_DC = tl.load(k + rows_C[None, :] + of_D[:, None], mask=real[None, :], other=0.0)
-        G2_W = (of_W2[:, None] * G2_CD).to(dtype)
+        dH = tl.load(grad_H + tile_CB).to(tl.float32)
+        dH = matmul_add((of_W2[:, None] * G2_CD).to(dtype), low_dW2, dH, PRECISION)
         if MOMENTUM:
-            G2_S = (of_S2[:, None] * G2_CD).to(dtype)
-        for block in range(F // BF):
-            tile = of_D[:, None] * F + block * BF + of_B[None, :]
-            tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
-            if not RESIDENT:
-                dW1 = tl.load(dW1_state + state + tile)
-                dW2 = tl.load(dW2_state + state + tile)
-                if MOMENTUM:
-                    dS1 = tl.load(dS1_state + state + tile)
-                    dS2 = tl.load(dS2_state + state + tile)
-            W2 = tl.load(W2_start + anchor + tile)
-            dG1 = tl.load(grad_G1 + tile_CB).to(tl.float32)
-            written_C, slope, curvature = act_curvature(tl.load(Z1_in + tile_CB).to(tl.float32), ACT)
-            dW1_low = dW1.to(dtype)
-            dW2_low = dW2.to(dtype)
-            tl.store(dW1_end + at * D * F + tile, dW1_low)
-            tl.store(dW2_end + at * D * F + tile, dW2_low)
-            dH = matmul_add(G2_W, dW2_low, tl.load(grad_H + tile_CB).to(tl.float32), PRECISION)
-            if MOMENTUM:
-                dS1_low = dS1.to(dtype)
-                dS2_low = dS2.to(dtype)
-                tl.store(dS1_end + at * D * F + tile, dS1_low)
-                tl.store(dS2_end + at * D * F + tile, dS2_low)
-                dH = matmul_add(G2_S, dS2_low, dH, PRECISION)
-            dH = matmul_add(dZ2_low, W2, dH, PRECISION)
-            dZ1 = (dG1 * matmul(G2_CD, W2, PRECISION) * curvature + dH * slope).to(dtype)
-            tl.store(grad_H + tile_CB, dZ1)
-            inner1 = matmul(K_DC, dZ1, PRECISION)
-            inner2 = matmul(G2_DC, (dG1 * slope).to(dtype), PRECISION)
-            inner2 = matmul_add(dZ2_DC, written_C.to(dtype), inner2, PRECISION)
-            if MOMENTUM:
-                from_reads = tl.load(grad_S1 + at * D * F + tile).to(tl.float32)
-                dS1 = tl.load(gates1 + END * C + 2) * dS1 + tl.load(gates1 + END * C + 1) * dW1 + from_reads
-                from_reads = tl.load(grad_S2 + at * D * F + tile).to(tl.float32)
-                dS2 = tl.load(gates2 + END * C + 2) * dS2 + tl.load(gates2 + END * C + 1) * dW2 + from_reads
-            dW1 = tl.load(gates1 + END * C) * dW1 + tl.load(grad_W1 + at * D * F + tile).to(tl.float32)
-            dW2 = tl.load(gates2 + END * C) * dW2 + tl.load(grad_W2 + at * D * F + tile).to(tl.float32)
-            if n == 0:
-                tl.store(grad_first1 + state + tile, inner1)
-                tl.store(grad_first2 + state + tile, inner2)
-            else:
-                dW1 += inner1
-                dW2 += inner2
-                if n == count - 1:
-                    dW1 += tl.load(grad_end1 + state + tile)
-                    dW2 += tl.load(grad_end2 + state + tile)
-            if not RESIDENT:
-                tl.store(dW1_state + state + tile, dW1)
-                tl.store(dW2_state + state + tile, dW2)
-                if MOMENTUM:
-                    tl.store(dS1_state + state + tile, dS1)
-                    tl.store(dS2_state + state + tile, dS2)
-    if RESIDENT:
-        tile = of_D[:, None] * F + of_B[None, :]
-        tl.store(dW1_state + state + tile, dW1)
-        tl.store(dW2_state + state + tile, dW2)
+            dH = matmul_add((of_S2[:, None] * G2_CD).to(dtype), low_dS2, dH, PRECISION)
+        dZ1 = (matmul_add(dZ2_CD, W2, dH, PRECISION) * slope_C + bend_C).to(dtype)
+        tl.store(complete_Z1 + tile_CB, dZ1)
+        inner2 = matmul(G2_DC, gated_C, PRECISION)
+        inner2 = matmul_add(dZ2_DC, hidden_C, inner2, PRECISION)
+        inner1 = matmul(K_DC, dZ1, PRECISION)
         if MOMENTUM:
-            tl.store(dS1_state + state + tile, dS1)
-            tl.store(dS2_state + state + tile, dS2)
-    if NORM:
-        at_D = (row * H + head) * D + of_D
-        tl.store(grad_gain + at_D, tl.load(grad_gain + at_D) + dgain_D)
-        tl.store(grad_bias + at_D, tl.load(grad_bias + at_D) + dbias_D)
+            from_reads = tl.load(grad_S1 + at * D * F + tile).to(tl.float32)
+            dS1 = tl.load(gates1 + END * C + 2) * dS1 + tl.load(gates1 + END * C + 1) * dW1 + from_reads
+            from_reads = tl.load(grad_S2 + at * D * F + tile).to(tl.float32)
+            dS2 = tl.load(gates2 + END * C + 2) * dS2 + tl.load(gates2 + END * C + 1) * dW2 + from_reads
+        dW1 = tl.load(gates1 + END * C) * dW1 + tl.load(grad_W1 + at * D * F + tile).to(tl.float32)
+        dW2 = tl.load(gates2 + END * C) * dW2 + tl.load(grad_W2 + at * D * F + tile).to(tl.float32)
+        if n == 0:
+            tl.store(grad_first1 + state + tile, inner1)
+            tl.store(grad_first2 + state + tile, inner2)
+        else:
+            dW1 += inner1
+            dW2 += inner2
+            if n == count - 1:
+                dW1 += tl.load(grad_end1 + state + tile)
+                dW2 += tl.load(grad_end2 + state + tile)
+    tl.store(dW1_state + state + tile, dW1)
+    tl.store(dW2_state + state + tile, dW2)
+    if MOMENTUM:
+        tl.store(dS1_state + state + tile, dS1)
+        tl.store(dS2_state + state + tile, dS2)
 
 
 @triton.jit
 def mlp_finish(
-    k, grad_k, grad_v, vectors1, vectors2, table, cell_row, W1_start, S1_start, W2_start, S2_start,
-    Z1_in, G1_in, G2_in, grad_K_reads, grad_Z1, dW1_end, dS1_end, dW2_end, dS2_end, gate_parts1, gate_parts2,
-    grad_theta, grad_log_decay, grad_log_momentum,
+    k, v, gain, bias, grad_k, grad_v, vectors1, vectors2, table, cell_row,
+    W1_start, S1_start, W2_start, S2_start, Z1_in, G1_in, G2_in, normed_in, rstd_in,
+    grad_K_reads, grad_Z1, grad_G2, grad_gain, grad_bias, dW1_end, dS1_end, dW2_end, dS2_end,
+    gate_parts1, gate_parts2, grad_theta, grad_log_decay, grad_log_momentum,
     num_rows, group_start, group_end, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, PRECISION:
-    tl.constexpr, ):  # fmt: skip
-    """Grid (cells, H): grad_k and the gradients of the gates `[B, T, H, 1 or 2]` fp32."""
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cells, H): grad_v, grad_k and the gradients of the gates `[B, T, H, 1 or 2]` fp32. grad_gain and
+    grad_bias `[cells, H, D]` fp32, those of the reads, are added to."""
     cell, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
@@ -475,8 +440,26 @@ def mlp_finish(
     if MOMENTUM:
         dK_CD -= (theta1 * tl.load(gates1 + LAST_S * C + slots))[:, None] * by_S1
         last_S1 = -tl.sum(K_CD * by_S1, 1)
+    at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
+    d_error = tl.load(grad_G2 + at_CD).to(tl.float32)
+    if NORM:
+        normed = tl.load(normed_in + at_CD).to(tl.float32)
+        gain_D = tl.load(gain + head * D + of_D)[None, :]
+        error = tl.load(bias + head * D + of_D)[None, :] + gain_D * normed
+        error -= tl.load(v + at_KD, mask=real[:, None], other=0.0).to(tl.float32)
+        if RESIDUAL:
+            error += K_CD
+        d_GN = normalize_backward(d_error, normed, tl.load(rstd_in + at * C + slots), D)
+        d_error = gain_D * d_GN
+        at_D = at * D + of_D
+        d_gain = 2.0 * tl.sum(tl.where(real[:, None], d_GN * error + d_error * normed, 0.0), 0)
+        tl.store(grad_gain + at_D, tl.load(grad_gain + at_D) + d_gain)
+        d_bias = 2.0 * tl.sum(tl.where(real[:, None], d_error, 0.0), 0)
+        tl.store(grad_bias + at_D, tl.load(grad_bias + at_D) + d_bias)
+    d_error *= 2.0
+    tl.store(grad_v + at_KD, (-d_error).to(grad_v.dtype.element_ty), mask=real[:, None])
     if RESIDUAL:
-        dK_CD -= tl.load(grad_v + at_KD, mask=real[:, None], other=0.0).to(tl.float32)
+        dK_CD += d_error
     tl.store(grad_k + at_KD, dK_CD.to(grad_k.dtype.element_ty), mask=real[:, None])
     parts1 = gate_parts1 + at * GRAD_ROWS * C + slots
     parts2 = gate_parts2 + at * GRAD_ROWS * C + slots

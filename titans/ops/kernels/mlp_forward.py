@@ -4,15 +4,13 @@
     read    parallel  queries through the memory as it is after each token
 
 W2 is held transposed, so both layers are `[D, F]` and no value that came out of a product is ever the
-transposed
-first operand of another (Triton 3.4 to 3.7 miscompiles that on Hopper). The hidden width is walked in blocks
-of BF
-columns. Where it is a single block the state stays in registers (RESIDENT); otherwise it is read and written
-block by block: 8 D F x 4 bytes a chunk, from L2 as long as the rows in flight fit there (132 x 256 KB at D
-64, F 256).
+transposed first operand of another (Triton 3.4 to 3.7 miscompiles that on Hopper). The serial kernels keep
+their state in registers: a head's hidden width is split over F / BF programs, which hold BF columns each and
+add up one [C, D] tile a chunk (`sum_of_parts`). The parallel ones walk the hidden width in blocks of BF.
 
-Tiles of a group: states `[cells + rows, H, D, F]` (the last `rows`: anchors of first chunks), Z1 and G1
-`[cells, H, C, F]`, G2 and the normalised output `[cells, H, C, D]`, rstd `[cells, H, C]` fp32.
+Tiles of a group: states `[cells + rows, H, D, F]` (the last `rows`: anchors of first chunks), Z1 and its
+inner gradient G1 `[cells, H, C, F]`, G2, the normalised output and its inner gradient GN `[cells, H, C, D]`,
+rstd `[cells, H, C]` fp32.
 """
 
 import triton
@@ -34,7 +32,9 @@ from titans.ops.kernels.functions import (
     mixing,
     normalize,
     normalize_backward,
+    place_of,
     row_of,
+    sum_of_parts,
 )
 
 
@@ -42,136 +42,110 @@ from titans.ops.kernels.functions import (
 def mlp_write(
     k, v, gain, bias, vectors1, vectors2, table, W1_state, S1_state, W2_state, S2_state,
     first1, first2, end1, end2, W1_start, S1_start, W2_start, S2_start, Z1_out, G1_out, G2_out, normed_out,
-    rstd_out, num_rows, group_start, group_end, stride,
+    GN_out, rstd_out, exchange, arrived, num_rows, group_start, group_end, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows x H). The states `[rows, H, D, F]` fp32 are read and written."""
-    RESIDENT: tl.constexpr = BF == F
-    row, head = tl.program_id(0) // H, tl.program_id(0) % H
+    """Grid (rows x H x F / BF). The states `[rows, H, D, F]` fp32 are read and written. exchange `[rows x H,
+    2, F / BF, C, D]` fp32 and arrived `[rows x H + 1]` int32, zero, as in `sum_of_parts` and `place_of`."""
+    PARTS: tl.constexpr = F // BF
+    place = place_of(arrived + num_rows * H, PARTS)
+    part, row, head = place % PARTS, place // PARTS // H, place // PARTS % H
     begin, end, first, base, count = row_of(table, row, num_rows)
     low, high = chunks_of_group(base, count, stride, group_start, group_end)
     if low >= high:
         return
-    slots, of_D, of_B = tl.arange(0, C), tl.arange(0, D), tl.arange(0, BF)
+    slots, of_D = tl.arange(0, C), tl.arange(0, D)
+    columns = part * BF + tl.arange(0, BF)
+    tile = of_D[:, None] * F + columns[None, :]
     state = (row.to(tl.int64) * H + head) * D * F
-    anchor_slot = ((group_end - group_start + row).to(tl.int64) * H + head) * D * F
-    start_slot = ((base + low * stride - group_start) * H + head) * D * F
+    exchange += (row.to(tl.int64) * H + head) * 2 * PARTS * C * D
     dtype = k.dtype.element_ty
     gain_D = tl.load(gain + head * D + of_D)
     bias_D = tl.load(bias + head * D + of_D)
-    for part in tl.static_range(F // BF):
-        where = of_D[:, None] * F + part * BF + of_B[None, :]
-        W1 = tl.load(W1_state + state + where)
-        W2 = tl.load(W2_state + state + where)
-        a1 = W1.to(dtype)
-        a2 = W2.to(dtype)
-        tl.store(W1_start + start_slot + where, a1)
-        tl.store(W2_start + start_slot + where, a2)
-        if MOMENTUM:
-            S1 = tl.load(S1_state + state + where)
-            S2 = tl.load(S2_state + state + where)
-            tl.store(S1_start + start_slot + where, S1.to(dtype))
-            tl.store(S2_start + start_slot + where, S2.to(dtype))
-        if low == 0:
-            a1 = tl.load(first1 + state + where).to(dtype)
-            a2 = tl.load(first2 + state + where).to(dtype)
-            tl.store(W1_start + anchor_slot + where, a1)
-            tl.store(W2_start + anchor_slot + where, a2)
+    W1 = tl.load(W1_state + state + tile)
+    W2 = tl.load(W2_state + state + tile)
+    if MOMENTUM:
+        S1 = tl.load(S1_state + state + tile)
+        S2 = tl.load(S2_state + state + tile)
+    if low == 0:
+        anchor1 = tl.load(first1 + state + tile).to(dtype)
+        anchor2 = tl.load(first2 + state + tile).to(dtype)
+        slot = ((group_end - group_start + row).to(tl.int64) * H + head) * D * F
+        tl.store(W1_start + slot + tile, anchor1)
+        tl.store(W2_start + slot + tile, anchor2)
+    else:
+        anchor1 = W1.to(dtype)
+        anchor2 = W2.to(dtype)
     for n in range(low, high):
         at = (base + n * stride - group_start) * H + head
-        anchor = tl.where(n == 0, anchor_slot, at * D * F)
         token = first + n * C + slots
         real = (token >= begin) & (token < end)
         rows_C = (token * H + head) * D
         K_CD = tl.load(k + rows_C[:, None] + of_D[None, :], mask=real[:, None], other=0.0)
         K_DC = tl.load(k + rows_C[None, :] + of_D[:, None], mask=real[None, :], other=0.0)
-        Z2_CD = tl.zeros([C, D], tl.float32)
-        if not RESIDENT:
-            tl.debug_barrier()  # the anchor of this chunk was stored by other threads
-        for block in range(F // BF):
-            tile = of_D[:, None] * F + block * BF + of_B[None, :]
-            if not RESIDENT:
-                a1 = tl.load(W1_start + anchor + tile)
-                a2 = tl.load(W2_start + anchor + tile)
-            Z1 = matmul(K_CD, a1, PRECISION).to(dtype)
-            tl.store(Z1_out + at * C * F + slots[:, None] * F + block * BF + of_B[None, :], Z1)
-            hidden = act(Z1.to(tl.float32), ACT).to(dtype)
-            Z2_CD = matmul_add(hidden, tl.trans(a2), Z2_CD, PRECISION)
         target = tl.load(v + rows_C[:, None] + of_D[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-        if RESIDUAL:
-            target -= K_CD.to(tl.float32)
-        at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
-        if NORM:
-            normed, rstd = normalize(Z2_CD, D)
-            error = 2.0 * (gain_D[None, :] * normed + bias_D[None, :] - target)
-            G2_CD = normalize_backward(gain_D[None, :] * error, normed, rstd, D)
-            tl.store(normed_out + at_CD, normed.to(dtype))
-            tl.store(rstd_out + at * C + slots, rstd)
-        else:
-            G2_CD = 2.0 * (Z2_CD - target)
-        G2_CD = tl.where(real[:, None], G2_CD, 0.0).to(dtype)
-        tl.store(G2_out + at_CD, G2_CD)
-        tl.debug_barrier()
-        G2_DC = tl.load(G2_out + at * C * D + slots[None, :] * D + of_D[:, None])
         gates1 = vectors1 + at * ROWS * C
         gates2 = vectors2 + at * ROWS * C
         theta1 = tl.load(gates1 + THETA * C + slots)
         theta2 = tl.load(gates2 + THETA * C + slots)
         to_W1 = -theta1 * tl.load(gates1 + LAST_W * C + slots)
         to_W2 = -theta2 * tl.load(gates2 + LAST_W * C + slots)
+        tl.store(W1_start + at * D * F + tile, W1.to(dtype))
+        tl.store(W2_start + at * D * F + tile, W2.to(dtype))
         if MOMENTUM:
             to_S1 = -theta1 * tl.load(gates1 + LAST_S * C + slots)
             to_S2 = -theta2 * tl.load(gates2 + LAST_S * C + slots)
-        for block in range(F // BF):
-            tile = of_D[:, None] * F + block * BF + of_B[None, :]
-            tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
-            if not RESIDENT:
-                a2 = tl.load(W2_start + anchor + tile)
-                W1 = tl.load(W1_state + state + tile)
-                W2 = tl.load(W2_state + state + tile)
-                if MOMENTUM:
-                    S1 = tl.load(S1_state + state + tile)
-                    S2 = tl.load(S2_state + state + tile)
-            if (n == count - 1) & (n > 0):
-                tl.store(end1 + state + tile, W1)
-                tl.store(end2 + state + tile, W2)
-            hidden_C, slope = act_slope(tl.load(Z1_out + tile_CB).to(tl.float32), ACT)
-            G1 = (matmul(G2_CD, a2, PRECISION) * slope).to(dtype)
-            tl.store(G1_out + tile_CB, G1)
-            W1 = tl.load(gates1 + END * C) * W1
-            W2 = tl.load(gates2 + END * C) * W2
-            if MOMENTUM:
-                W1 += tl.load(gates1 + END * C + 1) * S1
-                W2 += tl.load(gates2 + END * C + 1) * S2
-                S1 = tl.load(gates1 + END * C + 2) * S1
-                S2 = tl.load(gates2 + END * C + 2) * S2
-                S1 = matmul_add(K_DC, (to_S1[:, None] * G1).to(dtype), S1, PRECISION)
-                S2 = matmul_add(G2_DC, (to_S2[:, None] * hidden_C).to(dtype), S2, PRECISION)
-            W1 = matmul_add(K_DC, (to_W1[:, None] * G1).to(dtype), W1, PRECISION)
-            W2 = matmul_add(G2_DC, (to_W2[:, None] * hidden_C).to(dtype), W2, PRECISION)
-            a1 = W1.to(dtype)
-            a2 = W2.to(dtype)
-            if n + 1 < high:
-                next_at = (at + stride * H) * D * F
-                tl.store(W1_start + next_at + tile, a1)
-                tl.store(W2_start + next_at + tile, a2)
-                if MOMENTUM:
-                    tl.store(S1_start + next_at + tile, S1.to(dtype))
-                    tl.store(S2_start + next_at + tile, S2.to(dtype))
-            if not RESIDENT:
-                tl.store(W1_state + state + tile, W1)
-                tl.store(W2_state + state + tile, W2)
-                if MOMENTUM:
-                    tl.store(S1_state + state + tile, S1)
-                    tl.store(S2_state + state + tile, S2)
-    if RESIDENT:
-        tile = of_D[:, None] * F + of_B[None, :]
-        tl.store(W1_state + state + tile, W1)
-        tl.store(W2_state + state + tile, W2)
+            tl.store(S1_start + at * D * F + tile, S1.to(dtype))
+            tl.store(S2_start + at * D * F + tile, S2.to(dtype))
+        if (n == count - 1) & (n > 0):
+            tl.store(end1 + state + tile, W1)
+            tl.store(end2 + state + tile, W2)
+        tile_CB = at * C * F + slots[:, None] * F + columns[None, :]
+        Z1 = matmul(K_CD, anchor1, PRECISION).to(dtype)
+        tl.store(Z1_out + tile_CB, Z1)
+        hidden_C, slope_C = act_slope(Z1.to(tl.float32), ACT)
+        hidden_C = hidden_C.to(dtype)  # half the registers, as the slope
+        slope_C = slope_C.to(dtype)
+        Z2_CD = matmul(hidden_C, tl.trans(anchor2), PRECISION)
+        Z2_CD = sum_of_parts(Z2_CD, exchange, arrived + place // PARTS, part, n - low, PARTS, C, D)
+        if RESIDUAL:
+            target -= K_CD.to(tl.float32)
+        at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
+        if NORM:
+            normed, rstd = normalize(Z2_CD, D)
+            GN_CD = gain_D[None, :] * (2.0 * (gain_D[None, :] * normed + bias_D[None, :] - target))
+            G2_CD = normalize_backward(GN_CD, normed, rstd, D)
+            if part == 0:
+                tl.store(normed_out + at_CD, normed.to(dtype))
+                tl.store(GN_out + at_CD, GN_CD.to(dtype))
+                tl.store(rstd_out + at * C + slots, rstd)
+        else:
+            G2_CD = 2.0 * (Z2_CD - target)
+        G2_CD = tl.where(real[:, None], G2_CD, 0.0).to(dtype)
+        tl.store(G2_out + at_CD, G2_CD)  # every part stores the same bits, and reads what it stored itself
+        tl.debug_barrier()
+        G2_DC = tl.load(G2_out + at * C * D + slots[None, :] * D + of_D[:, None])
+        G1 = (matmul(G2_CD, anchor2, PRECISION) * slope_C).to(dtype)
+        tl.store(G1_out + tile_CB, G1)
+        W1 = tl.load(gates1 + END * C) * W1
+        W2 = tl.load(gates2 + END * C) * W2
         if MOMENTUM:
-            tl.store(S1_state + state + tile, S1)
-            tl.store(S2_state + state + tile, S2)
+            W1 += tl.load(gates1 + END * C + 1) * S1
+            W2 += tl.load(gates2 + END * C + 1) * S2
+            S1 = tl.load(gates1 + END * C + 2) * S1
+            S2 = tl.load(gates2 + END * C + 2) * S2
+            S1 = matmul_add(K_DC, (to_S1[:, None] * G1).to(dtype), S1, PRECISION)
+            S2 = matmul_add(G2_DC, (to_S2[:, None] * hidden_C).to(dtype), S2, PRECISION)
+        W1 = matmul_add(K_DC, (to_W1[:, None] * G1).to(dtype), W1, PRECISION)
+        W2 = matmul_add(G2_DC, (to_W2[:, None] * hidden_C).to(dtype), W2, PRECISION)
+        anchor1 = W1.to(dtype)
+        anchor2 = W2.to(dtype)
+    tl.store(W1_state + state + tile, W1)
+    tl.store(W2_state + state + tile, W2)
+    if MOMENTUM:
+        tl.store(S1_state + state + tile, S1)
+        tl.store(S2_state + state + tile, S2)
 
 
 @triton.jit

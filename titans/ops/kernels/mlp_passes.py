@@ -16,6 +16,7 @@ from titans.ops.kernels.mlp_backward import (
     mlp_write_backward,
 )
 from titans.ops.kernels.mlp_forward import mlp_read, mlp_write
+from titans.ops.spec import MemorySpec
 
 Tensors = list[Tensor]
 
@@ -30,7 +31,7 @@ FINISH = Launch(warps=8)
 @dataclass
 class MLPGroup:
     """Buffers of a group. states: W1, S1, W2, S2 at the chunks' starts (S is W without momentum: never read);
-    Z1, G1, G2, normed, rstd: what the write leaves of the inner gradient."""
+    Z1, G1, G2, normed, GN, rstd: what the write leaves of the inner gradient."""
 
     call: Call
     group: tuple[int, int]
@@ -40,14 +41,14 @@ class MLPGroup:
     G1: Tensor
     G2: Tensor
     normed: Tensor
+    GN: Tensor
     rstd: Tensor
 
     @staticmethod
-    def bytes_per_cell(call: Call, backward: bool) -> int:
-        """Of the buffers of one head of a cell."""
-        D, C, F = call.D, call.C, call.F
-        states, hidden, narrow, square = (12, 4, 5, 3) if backward else (4, 2, 2, 0)
-        return (states * D * F + hidden * C * F + narrow * C * D + square * C * C) * call.q.element_size()
+    def numbers_per_cell(spec: MemorySpec, chunk_size: int) -> int:
+        """In the buffers of one head of a cell, forward and backward."""
+        D, F, C = spec.dim, spec.dim * spec.expansion, chunk_size
+        return 12 * D * F + 6 * C * F + 8 * C * D + 3 * C * C
 
     @classmethod
     def allocate(cls, call: Call, group: tuple[int, int]) -> MLPGroup:
@@ -65,6 +66,7 @@ class MLPGroup:
             G1=call.scratch(cells, H, C, call.F),
             G2=call.scratch(cells, H, C, call.D),
             normed=call.scratch(cells, H, C, call.D),
+            GN=call.scratch(cells, H, C, call.D),
             rstd=call.scratch(cells, H, C, dtype=torch.float32),
         )
 
@@ -89,18 +91,31 @@ class MLPGroup:
         plan = self.call.plan
         return (plan.rows, self.group[0], plan.stride)
 
-    def _sizes(self, launch: Launch) -> tuple[Any, ...]:
+    def _sizes(self, columns: int) -> tuple[Any, ...]:
         call = self.call
-        return (call.H, call.D, call.F, min(launch.block, call.F), call.C, call.spec.activation)
+        activation: str = call.spec.activation
+        if activation == "gelu" and call.exact:
+            activation = "gelu_fp32"
+        return (call.H, call.D, call.F, min(columns, call.F), call.C, activation)
+
+    def _parts(self, launch: Launch) -> tuple[int, int, Tensor, Tensor]:
+        """Of a serial kernel: programs, columns of the hidden width that each holds, what a head's share."""
+        call = self.call
+        columns = call.F if call.one_after_another else min(launch.block, call.F)
+        heads, parts = call.plan.rows * call.H, call.F // columns
+        floats = (heads, 2, parts, call.C, call.D) if parts > 1 else (1,)
+        arrived = torch.zeros(heads + 1, dtype=torch.int32, device=call.q.device)
+        return heads * parts, columns, call.scratch(*floats, dtype=torch.float32), arrived
 
     def write(self, weights: Tensors, momentum: Tensors, first: Tensors, end: Tensors) -> None:
         """Moves weights and momentum on to the end of the group, in place."""
         call = self.call
         (W1, W2), (S1, S2) = weights, momentum or weights
-        mlp_write[(call.plan.rows * call.H,)](
+        programs, columns, exchange, arrived = self._parts(WRITE)
+        mlp_write[(programs,)](
             call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table,
-            W1, S1, W2, S2, *first, *end, *self.states, self.Z1, self.G1, self.G2, self.normed, self.rstd,
-            *self._serial(), *self._sizes(WRITE),
+            W1, S1, W2, S2, *first, *end, *self.states, self.Z1, self.G1, self.G2, self.normed, self.GN,
+            self.rstd, exchange, arrived, *self._serial(), *self._sizes(columns),
             call.spec.residual, call.spec.norm, call.momentum, call.precision, **WRITE.options,
         )  # fmt: skip
 
@@ -108,7 +123,7 @@ class MLPGroup:
         call = self.call
         mlp_read[(self._cells, call.H)](
             call.q, call.k, output, call.gain, call.bias, *self._vectors, *self._tables, *self.states,
-            self.Z1, self.G1, self.G2, *self._parallel(), *self._sizes(READ),
+            self.Z1, self.G1, self.G2, *self._parallel(), *self._sizes(READ.block),
             call.spec.residual, call.spec.norm, call.momentum, call.sets == 1, call.exact, call.precision,
             **READ.options,
         )  # fmt: skip
@@ -126,13 +141,13 @@ class MLPGroup:
         cells, H, D, C = self._cells, call.H, call.D, call.C
         shared = call.sets == 1
         parts = call.scratch(2, cells, H, 3, C, dtype=torch.float32)
-        affine = [torch.zeros(cells, H, D, device=call.q.device) for _ in range(2)]
+        affine = torch.zeros(2, cells, H, D, device=call.q.device)
         grad_Z2 = torch.empty_like(self.G2)
         mixed1, mixed2, grad_scores2 = (call.scratch(cells, H, C, C) for _ in range(3))
         mlp_read_backward_2[(cells, H)](
             call.q, call.k, grad_output, call.gain, *self._vectors, *self._tables, *self.states,
             self.Z1, self.G1, self.G2, grad_Z2, mixed1, mixed2, grad_scores2, parts[1], *affine,
-            *self._parallel(), *self._sizes(READ_BACKWARD_2),
+            *self._parallel(), *self._sizes(READ_BACKWARD_2.block),
             call.spec.norm, call.momentum, shared, call.exact, call.precision, **READ_BACKWARD_2.options,
         )  # fmt: skip
         grad_K = call.scratch(cells, H, D, C)
@@ -146,26 +161,31 @@ class MLPGroup:
             call.q, call.k, grad_output, grads.q, *self._vectors, *self._tables, *self.states,
             self.Z1, self.G1, grad_Z2, mixed1, mixed2, grad_scores2,
             grad_K, grad_H, grad_G1, grad_G2, *d_states, parts[0],
-            *self._parallel(), *self._sizes(READ_BACKWARD_1),
+            *self._parallel(), *self._sizes(READ_BACKWARD_1.block),
             call.spec.residual, call.momentum, call.exact, call.precision, **READ_BACKWARD_1.options,
         )  # fmt: skip
         (W1, W2), (S1, S2) = grad_weights, grad_momentum or grad_weights
-        mlp_write_backward[(call.plan.rows * H,)](
-            call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table, W1, S1, W2, S2,
-            *grad_first, *grad_end, self.states[2], self.Z1, self.G2, self.normed, self.rstd,
-            grad_H, grad_G1, grad_G2, *d_states, *d_ends, grad_Z2, grads.v, grads.row_gain, grads.row_bias,
-            *self._serial(), *self._sizes(WRITE_BACKWARD),
-            call.spec.residual, call.spec.norm, call.momentum, call.precision, **WRITE_BACKWARD.options,
+        programs, columns, exchange, arrived = self._parts(WRITE_BACKWARD)
+        d_Z1, d_G2 = torch.empty_like(grad_H), torch.empty_like(grad_G2)
+        mlp_write_backward[(programs,)](
+            call.k, call.gain, *self._vectors, call.plan.table, W1, S1, W2, S2,
+            *grad_first, *grad_end, self.states[2], self.Z1, self.G2, self.normed, self.GN, self.rstd,
+            grad_H, grad_G1, grad_G2, *d_states, *d_ends, grad_Z2, d_Z1, d_G2,
+            exchange, arrived, *self._serial(), *self._sizes(columns),
+            call.spec.norm, call.momentum, call.precision, **WRITE_BACKWARD.options,
         )  # fmt: skip
         mlp_finish[(cells, H)](
-            call.k, grads.k, grads.v, *self._vectors, *self._tables, *self.states, self.Z1, self.G1, self.G2,
-            grad_K, grad_H, *d_ends, *parts, grads.theta, grads.log_decay, grads.log_momentum,
-            call.plan.rows, *self.group, call.plan.stride, *self._sizes(FINISH),
-            call.spec.residual, call.momentum, shared, call.exact, call.precision, **FINISH.options,
+            call.k, call.v, call.gain, call.bias, grads.k, grads.v, *self._vectors, *self._tables,
+            *self.states, self.Z1, self.G1, self.G2, self.normed, self.rstd, grad_K, d_Z1, d_G2, *affine,
+            *d_ends, *parts, grads.theta, grads.log_decay, grads.log_momentum,
+            call.plan.rows, *self.group, call.plan.stride, *self._sizes(FINISH.block),
+            call.spec.residual, call.spec.norm, call.momentum, shared, call.exact, call.precision,
+            **FINISH.options,
         )  # fmt: skip
-        if call.spec.norm:
-            grads.gain += affine[0].sum(0)
-            grads.bias += affine[1].sum(0)
+        if grads.gain is not None and grads.bias is not None:
+            gain, bias = affine.sum(1)
+            grads.gain += gain
+            grads.bias += bias
 
     def _state_gradients(self) -> Tensors:
         """Like `states`: W1, S1, W2, S2."""

@@ -1,11 +1,9 @@
 """Forward and backward over the groups of cells.
 
 A group is as many cells as fit a budget of scratch memory. The forward walks the groups once: the serial
-write
-leaves the state at every chunk's start, the reads of the whole group follow in parallel. Only the state at
-every
-group's start is kept; the backward walks the groups from the last, writes each again, then takes reads and
-writes back.
+write leaves the state at every chunk's start, the reads of the whole group follow in parallel. Only the state
+at every group's start is kept; the backward walks the groups from the last, writes each again, then takes
+reads and writes back.
 """
 
 from __future__ import annotations
@@ -18,66 +16,33 @@ from titans.ops.chunked.passes import ChunkedGradients, ChunkedResult
 from titans.ops.kernels.launch import Call
 from titans.ops.kernels.linear_passes import LinearGroup
 from titans.ops.kernels.mlp_passes import MLPGroup
-from titans.ops.kernels.plan import Plan
+from titans.ops.kernels.plan import Sizes
+from titans.ops.kernels.states import States
+from titans.ops.spec import MemorySpec
 
 Tensors = list[Tensor]
 
 SCRATCH_BYTES = 5 * 2**27  # of one group: enough work to fill the device at every size that fits it
 
 
-def _group_kind(call: Call) -> type[LinearGroup] | type[MLPGroup]:
-    return LinearGroup if call.spec.depth == 1 else MLPGroup
+def _group_kind(spec: MemorySpec) -> type[LinearGroup] | type[MLPGroup]:
+    return LinearGroup if spec.depth == 1 else MLPGroup
 
 
-def cells_at_once(call: Call) -> int:
+def groups_of(x: ChunkedInputs) -> list[tuple[int, int]]:
     """Forward and backward must agree on the groups: the kept states lie at their starts."""
-    kind = _group_kind(call)
-    return max(1, SCRATCH_BYTES // (kind.bytes_per_cell(call, backward=True) * call.H))
-
-
-def kept_groups(x: ChunkedInputs) -> int:
-    """States that the forward keeps, from shapes alone."""
-    call = Call(x)
-    return len(call.plan.groups(cells_at_once(call))) - 1
-
-
-def _to_kernel(tensors: Tensors) -> Tensors:
-    """Layers after the first are held transposed, `[D, F]` like the first; copies, to be overwritten."""
-    return [
-        (tensor if layer == 0 else tensor.mT).clone(memory_format=torch.contiguous_format)
-        for layer, tensor in enumerate(tensors)
-    ]
-
-
-def _from_kernel(tensors: Tensors) -> Tensors:
-    return [tensor if layer == 0 else tensor.mT.contiguous() for layer, tensor in enumerate(tensors)]
-
-
-def _rows(mask: Tensor) -> Tensor:
-    return mask[:, None, None, None]
-
-
-def _where(mask: Tensor, yes: Tensors, no: Tensors) -> Tensors:
-    return [torch.where(_rows(mask), a, b) for a, b in zip(yes, no, strict=True)]
-
-
-def _add(into: Tensors, mask: Tensor, tensors: Tensors) -> Tensors:
-    """into + tensors, in the rows of the mask."""
-    return [a + b.masked_fill(~_rows(mask), 0) for a, b in zip(into, tensors, strict=True)]
-
-
-def _empty(plan: Plan) -> Tensor:
-    return plan.table[0] == plan.table[1]
+    B, T, H, _ = x.q.shape
+    sizes = Sizes.of(B, T, x.chunk_size, x.position.shape[0], x.cu_seqlens is not None)
+    numbers = _group_kind(x.spec).numbers_per_cell(x.spec, x.chunk_size)
+    return sizes.groups(max(1, SCRATCH_BYTES // (numbers * x.q.element_size() * H)))
 
 
 def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
-    call = Call(x)
-    plan, kind = call.plan, _group_kind(call)
-    weights, momentum = _to_kernel(x.weights), _to_kernel(x.momentum)
-    first = _to_kernel(_where(x.position == 0, x.weights, x.anchor))
-    end = _where(_empty(plan), _to_kernel(x.anchor), first)
+    call, kind = Call(x), _group_kind(x.spec)
+    states = States(call.plan.table, x.chunk_size, call.momentum)
+    weights, momentum, first, end = states.enter(x.weights, x.momentum, x.anchor)
     output = torch.empty_like(call.v)
-    groups = plan.groups(cells_at_once(call))
+    groups = groups_of(x)
     kept: Tensors = []
     if keep:
         kept = [state.new_empty((len(groups) - 1, *state.shape)) for state in [*weights, *momentum]]
@@ -88,8 +53,8 @@ def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
         buffers = kind.allocate(call, group)
         buffers.write(weights, momentum, first, end)
         buffers.read(output)
-    anchor = _where(plan.closes, weights, end)
-    return ChunkedResult(output, _from_kernel(weights), _from_kernel(momentum), _from_kernel(anchor), kept)
+    weights, momentum, anchor = states.leave(weights, momentum, end)
+    return ChunkedResult(output, weights, momentum, anchor, kept)
 
 
 def backward_pass(
@@ -100,41 +65,24 @@ def backward_pass(
     grad_momentum: Tensors,
     grad_anchor: Tensors,
 ) -> ChunkedGradients:
-    call = Call(x)
-    plan, kind = call.plan, _group_kind(call)
-    empty = _empty(plan)
-    fresh = x.position == 0
-    first = _to_kernel(_where(fresh, x.weights, x.anchor))
-    d_anchor = _to_kernel(grad_anchor)
-    d_weights = _add(_to_kernel(grad_weights), plan.closes, d_anchor)
-    d_momentum = _to_kernel(grad_momentum)
-    # The returned anchor of other rows is the state at their last chunk's start: added by the kernels there,
-    # here where that is the first chunk.
-    d_end = [grad.masked_fill(_rows(plan.closes), 0) for grad in d_anchor]
-    d_first = [torch.zeros_like(tensor) for tensor in first]
+    call, kind = Call(x), _group_kind(x.spec)
+    states = States(call.plan.table, x.chunk_size, call.momentum)
+    d_weights, d_momentum, d_first, d_end = states.gradients_enter(grad_weights, grad_momentum, grad_anchor)
+    weights, momentum, first, end = states.enter(x.weights, x.momentum, x.anchor)
     grad_output = grad_output.to(call.v.dtype).contiguous()
-    groups = plan.groups(cells_at_once(call))
-    depth = len(x.weights)
+    groups = groups_of(x)
     for index in range(len(groups) - 1, -1, -1):
-        if index == 0:
-            weights, momentum = _to_kernel(x.weights), _to_kernel(x.momentum)
-        else:
-            states = [stack[index - 1].clone() for stack in kept]
-            weights, momentum = states[:depth], states[depth:]
+        start = [*weights, *momentum] if index == 0 else [stack[index - 1].clone() for stack in kept]
         buffers = kind.allocate(call, groups[index])
-        buffers.write(weights, momentum, first, [torch.empty_like(tensor) for tensor in first])
+        buffers.write(start[: len(weights)], start[len(weights) :], first, end)
         buffers.backward(grad_output, d_weights, d_momentum, d_first, d_end)
-    d_first = _add(d_first, plan.one_chunk & ~empty, d_end)
-    d_weights = _add(d_weights, fresh & ~empty, d_first)
-    anchor = [grad.masked_fill(_rows(fresh | empty), 0) for grad in d_first]
-    anchor = _from_kernel(_add(anchor, empty, d_anchor))
+    d_weights, d_momentum, d_anchor = states.gradients_leave(
+        d_weights, d_momentum, d_first, d_end, grad_anchor
+    )
     grads = call.grads
 
     def gate(grad: Tensor, like: Tensor) -> Tensor:
         return grad if like.shape[-1] == grad.shape[-1] else grad.sum(-1, keepdim=True)
-
-    def affine(like: Tensor | None, reads: Tensor, writes: Tensor) -> Tensor | None:
-        return None if like is None else reads + writes.sum(0)
 
     return ChunkedGradients(
         q=grads.q,
@@ -143,9 +91,9 @@ def backward_pass(
         theta=gate(grads.theta, x.theta),
         log_decay=[gate(grads.log_decay, x.log_decay[0])],
         log_momentum=None if x.log_momentum is None else gate(grads.log_momentum, x.log_momentum),
-        weights=_from_kernel(d_weights),
-        momentum=_from_kernel(d_momentum),
-        anchor=anchor,
-        norm_weight=affine(x.norm_weight, grads.gain, grads.row_gain),
-        norm_bias=affine(x.norm_bias, grads.bias, grads.row_bias),
+        weights=d_weights,
+        momentum=d_momentum,
+        anchor=d_anchor,
+        norm_weight=None if x.norm_weight is None else grads.gain,
+        norm_bias=None if x.norm_bias is None else grads.bias,
     )

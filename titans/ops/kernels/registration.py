@@ -3,15 +3,15 @@
 from torch import Tensor
 
 from titans.ops.chunked.group import ChunkedInputs
-from titans.ops.kernels.passes import backward_pass, forward_pass, kept_groups
+from titans.ops.kernels.passes import backward_pass, forward_pass, groups_of
 from titans.ops.operator import Operator
 
 
 def _kept_like(x: ChunkedInputs) -> list[Tensor]:
-    """States at every group's start after the first, in the kernels' layout (`passes.to_kernel`)."""
+    """States at every group's start after the first, in the kernels' layout (`states.py`)."""
     states = [tensor if layer == 0 else tensor.mT for layer, tensor in enumerate(x.weights)]
     states += [tensor if layer == 0 else tensor.mT for layer, tensor in enumerate(x.momentum)]
-    return [state.new_empty((kept_groups(x), *state.shape)) for state in states]
+    return [state.new_empty((len(groups_of(x)) - 1, *state.shape)) for state in states]
 
 
 OPERATOR = Operator("triton", forward_pass, backward_pass, _kept_like)
