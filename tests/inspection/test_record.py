@@ -1,4 +1,6 @@
-"""The figures of `record` and `dependence`, against the recurrence itself and against plain runs of the model."""
+"""The figures of `record` and `dependence`, against the recurrence and against plain runs of the model."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ def run(watch, ids):
 
 @torch.no_grad()
 def by_the_recurrence(model, ids):
-    """Surprise `[M, H, T]` by autograd at the anchor, and `||M - M_0||` `[M, H, T + 1]` before every token."""
+    """Surprise by autograd at the anchor, and `||M - M_0||` before every token, `[M, H, T]` both."""
     watch = Calls(model)
     run(watch, ids)
     surprise, change = [], []
@@ -171,7 +173,7 @@ def test_spans_cover_the_text_and_begin_where_chunks_begin():
                 assert spans[0][0] == 0
                 assert spans[-1][1] == tokens
                 assert len(spans) <= count
-                assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+                assert all(a[1] == b[0] for a, b in pairwise(spans))
                 assert all((start - first) % 16 == 0 for start, _ in spans[1:])
 
 

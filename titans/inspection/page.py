@@ -19,7 +19,7 @@ from titans.inspection.record import Record
 from titans.inspection.tokens import visible
 
 SCRIPTS = ("data.js", "text.js", "charts.js", "page.js")
-# Values of one kind that a page may hold before neighbouring tokens share their mean: it stays below 40 MB.
+# Values of one kind that a page may hold before neighbouring tokens share their mean: it stays below 45 MB.
 # 24 blocks x 16 heads x 50,000 tokens are 19 million surprises.
 SURPRISE_BUDGET = 20_000_000
 GATE_BUDGET = 6_000_000
