@@ -20,12 +20,14 @@ from titans.ops.spec import MemorySpec
 
 Tensors = list[Tensor]
 
-WRITE = Launch(warps=8)
-READ = Launch(warps=8)
-READ_BACKWARD_2 = Launch(warps=8)
-READ_BACKWARD_1 = Launch(warps=8)
-WRITE_BACKWARD = Launch(warps=8)
-FINISH = Launch(warps=8)
+# 64 columns: with 32, Triton 3.6 reads past its shared memory on Hopper (wrong results, illegal accesses).
+# 4 warps hold a tile of 64 rows once; 8 hold it twice wherever one product feeds the next.
+WRITE = Launch(warps=4)
+READ = Launch(warps=4)
+READ_BACKWARD_2 = Launch(warps=4)
+READ_BACKWARD_1 = Launch(warps=4)
+WRITE_BACKWARD = Launch(warps=4)
+FINISH = Launch(warps=4)
 
 
 @dataclass
@@ -91,6 +93,10 @@ class MLPGroup:
         plan = self.call.plan
         return (plan.rows, self.group[0], plan.stride)
 
+    def _options(self, launch: Launch) -> dict[str, int]:
+        """Tiles of a head twice as wide need twice the registers."""
+        return {"num_warps": launch.warps * max(1, self.call.D // 64), "num_stages": launch.stages}
+
     def _sizes(self, columns: int) -> tuple[Any, ...]:
         call = self.call
         activation: str = call.spec.activation
@@ -116,7 +122,7 @@ class MLPGroup:
             call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table,
             W1, S1, W2, S2, *first, *end, *self.states, self.Z1, self.G1, self.G2, self.normed, self.GN,
             self.rstd, exchange, arrived, *self._serial(), *self._sizes(columns),
-            call.spec.residual, call.spec.norm, call.momentum, call.precision, **WRITE.options,
+            call.spec.residual, call.spec.norm, call.momentum, call.precision, **self._options(WRITE),
         )  # fmt: skip
 
     def read(self, output: Tensor) -> None:
@@ -125,7 +131,7 @@ class MLPGroup:
             call.q, call.k, output, call.gain, call.bias, *self._vectors, *self._tables, *self.states,
             self.Z1, self.G1, self.G2, *self._parallel(), *self._sizes(READ.block),
             call.spec.residual, call.spec.norm, call.momentum, call.sets == 1, call.exact, call.precision,
-            **READ.options,
+            **self._options(READ),
         )  # fmt: skip
 
     def backward(
@@ -148,7 +154,7 @@ class MLPGroup:
             call.q, call.k, grad_output, call.gain, *self._vectors, *self._tables, *self.states,
             self.Z1, self.G1, self.G2, grad_Z2, mixed1, mixed2, grad_scores2, parts[1], *affine,
             *self._parallel(), *self._sizes(READ_BACKWARD_2.block),
-            call.spec.norm, call.momentum, shared, call.exact, call.precision, **READ_BACKWARD_2.options,
+            call.spec.norm, call.momentum, shared, call.exact, call.precision, **self._options(READ_BACKWARD_2),
         )  # fmt: skip
         grad_K = call.scratch(cells, H, D, C)
         grad_H, grad_G1, grad_G2 = (
@@ -162,7 +168,7 @@ class MLPGroup:
             self.Z1, self.G1, grad_Z2, mixed1, mixed2, grad_scores2,
             grad_K, grad_H, grad_G1, grad_G2, *d_states, parts[0],
             *self._parallel(), *self._sizes(READ_BACKWARD_1.block),
-            call.spec.residual, call.momentum, call.exact, call.precision, **READ_BACKWARD_1.options,
+            call.spec.residual, call.momentum, call.exact, call.precision, **self._options(READ_BACKWARD_1),
         )  # fmt: skip
         (W1, W2), (S1, S2) = grad_weights, grad_momentum or grad_weights
         programs, columns, exchange, arrived = self._parts(WRITE_BACKWARD)
@@ -172,7 +178,7 @@ class MLPGroup:
             *grad_first, *grad_end, self.states[2], self.Z1, self.G2, self.normed, self.GN, self.rstd,
             grad_H, grad_G1, grad_G2, *d_states, *d_ends, grad_Z2, d_Z1, d_G2,
             exchange, arrived, *self._serial(), *self._sizes(columns),
-            call.spec.norm, call.momentum, call.precision, **WRITE_BACKWARD.options,
+            call.spec.norm, call.momentum, call.precision, **self._options(WRITE_BACKWARD),
         )  # fmt: skip
         mlp_finish[(cells, H)](
             call.k, call.v, call.gain, call.bias, grads.k, grads.v, *self._vectors, *self._tables,
@@ -180,7 +186,7 @@ class MLPGroup:
             *d_ends, *parts, grads.theta, grads.log_decay, grads.log_momentum,
             call.plan.rows, *self.group, call.plan.stride, *self._sizes(FINISH.block),
             call.spec.residual, call.spec.norm, call.momentum, shared, call.exact, call.precision,
-            **FINISH.options,
+            **self._options(FINISH),
         )  # fmt: skip
         if grads.gain is not None and grads.bias is not None:
             gain, bias = affine.sum(1)

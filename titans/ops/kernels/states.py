@@ -108,7 +108,7 @@ def gradients_out(
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, FLIP: tl.constexpr,
     MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the given state. A fresh row's first chunk has its weights as anchor, others the anchor."""
+    """Gradients of the given state. The first chunk's anchor is a fresh row's weights, else the given anchor."""
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     fresh, empty, _, one_chunk = marks_of(table, row, num_rows, C)
     ours, user, real = offsets(row, head, H, D, F, FLIP, BLOCK)
