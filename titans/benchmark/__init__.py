@@ -1,1 +1,1 @@
-"""Measuring: `harness.py` runs workloads in fresh processes; `ops.py`, `models.py`: those of `titans bench`."""
+"""Measuring: `harness.py` runs workloads in fresh processes; `ops.py` and `models.py` hold those."""
