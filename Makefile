@@ -44,7 +44,7 @@ test-slow: $(READY)
 	$(PYTEST) -n $(JOBS) -m "slow and not gpu"
 
 test-gpu: $(READY)
-	$(PYTEST) -m gpu
+	$(PYTEST) -n $(JOBS) -m gpu
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -85,6 +85,13 @@ class MemoryInputs:
             lambda name, tensor: tensor.to(wide if name.startswith(("state.", "norm_")) else dtype)
         )
 
+    def to(self, device: str | torch.device) -> MemoryInputs:
+        """The same call on another device."""
+        moved = self.map(lambda _, tensor: tensor.to(device))
+        packed = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        state = replace(moved.state, position=self.state.position.to(device))
+        return replace(moved, state=state, cu_seqlens=packed)
+
     def tokens(self, start: int, stop: int, state: MemoryState | None = None) -> MemoryInputs:
         """The piece `[start, stop)` of the sequence, with another state if one is given."""
         per_token = ("q", "k", "v", "theta", "log_decay", "log_momentum")
