@@ -30,7 +30,7 @@ TOKENS = 32768
 
 
 def errors(spec: MemorySpec, chunk_size: int) -> dict[str, float]:
-    """Relative RMS errors against float64, over two chunks and a bit. More with random tokens turns chaotic."""
+    """Relative RMS errors against float64, over two chunks and a bit: more random tokens turn chaotic."""
     inputs = random_inputs(spec, tokens=2 * chunk_size + 6, chunk_size=chunk_size, step=0.1, forget=0.02)
     inputs = inputs.cast(torch.bfloat16)
     expected = evaluate(inputs.cast(torch.float64), "chunked")
