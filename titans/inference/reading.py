@@ -126,6 +126,14 @@ class _Mark(NamedTuple):
     hash: Any
 
 
+class _End(NamedTuple):
+    """The end of a unit: the number of the token behind it, bytes on disk, and the place in the ledger."""
+
+    token: int
+    bytes_read: int
+    mark: _Mark
+
+
 @dataclass
 class _Ledger:
     """Length and hash of what was read of each source, so far."""
@@ -162,15 +170,13 @@ class _TokenSource:
 
     def __init__(self, memory: Memory, corpus: Corpus) -> None:
         self.ledger = _Ledger()
-        self.bytes_read = 0
         self._encode = memory.encode
         self._units = _units(corpus)
         self._files = {str(path): _signature(path) for path in corpus.files}
         self._buffer = memory.start()
-        # (number of the first token after it, place in the text), ascending. Tokens are counted from the
-        # first unit that is tokenized here.
-        self._marks = deque([(0, self.ledger.mark()), (len(self._buffer), self.ledger.mark())])
-        self._made, self._taken = len(self._buffer), 0
+        # Ends of units, ascending. Tokens are counted from the first unit that is tokenized here.
+        self._ends = deque([_End(0, 0, self.ledger.mark()), _End(len(self._buffer), 0, self.ledger.mark())])
+        self._taken = 0
 
     def take(self, count: int) -> Tensor:
         """The next `count` token ids; fewer only at the end, none after it."""
@@ -179,7 +185,7 @@ class _TokenSource:
             ids = self._tokens(unit)
             parts.append(ids)
             length += len(ids)
-        joined = torch.cat(parts)
+        joined = torch.cat(parts) if len(parts) > 1 else self._buffer
         taken, self._buffer = joined[:count], joined[count:]
         self._taken += len(taken)
         return taken
@@ -187,15 +193,16 @@ class _TokenSource:
     def skip(self, reading: Reading) -> None:
         """Go to where `reading` stands, without tokenizing what lies before it."""
         target = sum(source.bytes for source in reading.sources)
+        last = 0
         while self.ledger.total < target and (unit := next(self._units, None)) is not None:
             self.ledger.add(unit)
+            last = unit.bytes_read
         for expected, found in zip(reading.sources, [*self.ledger.sources(), None], strict=False):
             if expected != found:
                 raise ChangedSourceError(
                     f"{expected.name}: changed since it was read: start anew, or without it"
                 )
-        self._marks = deque([(0, self.ledger.mark())])
-        self._made = self._taken = 0
+        self._ends = deque([_End(0, last, self.ledger.mark())])
         if reading.skip:
             unit = next(self._units, None)
             ids = self._tokens(unit) if unit is not None else torch.empty(0)
@@ -206,10 +213,22 @@ class _TokenSource:
 
     def position(self) -> tuple[tuple[Source, ...], int]:
         """What was read before the unit of the next token, and the tokens of that unit taken already."""
-        while len(self._marks) > 1 and self._marks[1][0] <= self._taken:
-            self._marks.popleft()
-        first, mark = self._marks[0]
-        return tuple(self.ledger.sources(mark)), self._taken - first
+        start = self._start()
+        return tuple(self.ledger.sources(start.mark)), self._taken - start.token
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes on disk up to the next token, as far as one can say within a unit."""
+        start = self._start()
+        end = self._ends[1] if len(self._ends) > 1 else start
+        share = (self._taken - start.token) / max(1, end.token - start.token)
+        return start.bytes_read + int(share * (end.bytes_read - start.bytes_read))
+
+    def _start(self) -> _End:
+        """Where the unit of the next token begins."""
+        while len(self._ends) > 1 and self._ends[1].token <= self._taken:
+            self._ends.popleft()
+        return self._ends[0]
 
     def check_unchanged(self) -> None:
         """Raise for the file in progress if it is no longer the one that was there at the start."""
@@ -222,9 +241,7 @@ class _TokenSource:
             self.check_unchanged()
         ids = torch.from_numpy(self._encode([unit.text])[0].astype("int64"))
         self.ledger.add(unit)
-        self.bytes_read = unit.bytes_read
-        self._made += len(ids)
-        self._marks.append((self._made, self.ledger.mark()))
+        self._ends.append(_End(self._ends[-1].token + len(ids), unit.bytes_read, self.ledger.mark()))
         return ids
 
 
