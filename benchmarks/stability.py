@@ -3,11 +3,12 @@
     python benchmarks/stability.py                    all rows, written to results/stability.json
     python benchmarks/stability.py --only lmm mac     some of them
     python benchmarks/stability.py --steps 60 --jobs 2
+    python benchmarks/stability.py --matrix --steps 2000 --jobs 15 --threads 1 --out stability_gpu
 
 Beside the variants: the memory at depth 1 and 4, chunks of 64, bfloat16 autocast, and what happens when the
 bound on the inner step is moved (by default 0.1, 0.5, 0.1 and 0.02 at depth 1 to 4). A row that diverges is
 a result, too. Batches hold two sequences, so that a row takes minutes on one core. (Not a `bench_*.py`: those
-take seconds a row.)
+take seconds a row.) The matrix: every variant with a memory at depth 1 to 4, chunks of 16 and 64, fp32 and bf16.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from titans.benchmark.harness import RESULTS, Session, commit, print_table
+from titans.benchmark.harness import Session, commit, print_table
 
 # name: fields of the model, fields of the training.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -45,16 +47,28 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lmm, depth 4, max step 0.5": ({"variant": "lmm", "memory_depth": 4, "memory_max_step": 0.5}, {}),
     "lmm, chunk 64, max step 2": ({"variant": "lmm", "chunk_size": 64, "memory_max_step": 2.0}, {}),
 }
+# The cheap ones first: a run that is cut off has them.
+MATRIX: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    f"{variant}, depth {depth}, chunk {chunk}, {precision}": (
+        {"variant": variant, "memory_depth": depth, "chunk_size": chunk},
+        {"precision": precision},
+    )
+    for depth, chunk, precision, variant in product(
+        (2, 1, 3, 4), (64, 16), ("bf16", "fp32"), ("lmm", "mac", "mag", "mal")
+    )
+}
 
 
 @dataclass
 class Options:
-    """steps: of training, each of two sequences. only: names of rows. jobs: rows at a time; threads: of
-    PyTorch in each."""
+    """steps: of training, each of two sequences. matrix: its rows. only: names of rows. jobs: rows at a time;
+    threads: of PyTorch in each. commit: of the code, where git cannot tell."""
 
     steps: int = 500
     sequence_length: int = 256
+    matrix: bool = False
     only: tuple[str, ...] = ()
+    commit: str | None = None
     jobs: int = 1
     threads: int = 2
     out: str = "stability"
@@ -73,7 +87,7 @@ def run_row(name: str, steps: int, threads: int, sequence_length: int = 256) -> 
     from titans.training.run import train
 
     torch.set_num_threads(threads)
-    model, training = ROWS[name]
+    model, training = (ROWS | MATRIX)[name]
     recipe = load_recipe("tiny_lmm")
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "out"
@@ -120,10 +134,10 @@ def run_row(name: str, steps: int, threads: int, sequence_length: int = 256) -> 
 
 
 def main(options: Options) -> None:
-    names = options.only or tuple(ROWS)
-    if unknown := set(names) - set(ROWS):
-        sys.exit(f"--only {sorted(unknown)}: expected some of {list(ROWS)}")
-    started_on = commit()
+    names = options.only or tuple(MATRIX if options.matrix else ROWS)
+    if unknown := set(names) - {*ROWS, *MATRIX}:
+        sys.exit(f"--only {sorted(unknown)}: expected some of {[*ROWS, *MATRIX]}")
+    started_on = options.commit or commit()
 
     def launch(name: str) -> dict[str, Any]:
         # Four layers cost four times as much: the hidden ones are F x F.
@@ -140,12 +154,14 @@ def main(options: Options) -> None:
         Path(__file__).resolve(),
         {"steps": options.steps, "sequence_length": options.sequence_length},
         options.threads,
+        commit=options.commit,
     )
+    session.summary = {"commit_at_start": started_on}
     with ThreadPoolExecutor(options.jobs) as pool:
         for row in pool.map(launch, names):
             session.rows.append(row)
+            session.save()
             print(f"{row['row']}: {row['ending']} {row.get('message', '')}", flush=True)
-    session.summary = {"commit_at_start": started_on}
     path = session.save()
     table = [
         [
@@ -163,7 +179,7 @@ def main(options: Options) -> None:
         ["row", "ending", "validation loss", "median grad norm", "max grad norm", "time"],
         table,
     )
-    print(f"written: {path.relative_to(RESULTS.parent)}")
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":
