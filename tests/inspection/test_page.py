@@ -42,8 +42,8 @@ def made_up(
         loss=draw.random(tokens - 1) * 3,
         frozen_loss=draw.random(tokens - 1) * 4,
     )
-    retrieval = draw.random((spans, blocks, tokens)).astype(np.float16)
-    prediction = draw.random((spans, tokens))
+    retrieval = draw.random((spans + 1, blocks, tokens)).astype(np.float16)
+    prediction = draw.random((spans + 1, tokens))
     for span, first in enumerate(bounds[:-1]):
         retrieval[span, :, :first] = prediction[span, :first] = 0
     limits = tuple(pairwise(bounds))
@@ -160,7 +160,7 @@ def test_a_page_of_50_000_tokens_and_24_blocks_stays_below_45_megabytes():
     )  # fmt: skip
     spans = tuple((first, first + 3125) for first in range(0, tokens, 3125))
     dependence = Dependence(
-        spans, np.zeros((16, blocks, tokens), np.float16), np.zeros((16, tokens)), np.zeros(16)
+        spans, np.zeros((17, blocks, tokens), np.float16), np.zeros((17, tokens)), np.zeros(16)
     )
     page = render(about(), ["word "] * tokens, record, dependence)
     assert len(page) < 45e6

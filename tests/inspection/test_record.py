@@ -125,7 +125,7 @@ def test_dependence_is_the_difference_of_two_plain_runs(variant, build, tokens, 
     monkeypatch.setattr(ablate, "ROWS", 2)
     model, ids = build(variant), tokens(1, TOKENS)[0]
     spans = ablate.equal_spans(TOKENS, 5, 4, first_boundary(model))
-    _, caches = record(model, ids, [group[0][0] for group in ablate.groups_of(spans)])
+    _, caches = record(model, ids, ablate.starts_of(spans))
     seen = []
     found = ablate.dependence(model, ids, spans, caches, seen.append)
     assert seen[-1] == ablate.cost(spans, TOKENS)
@@ -146,6 +146,8 @@ def test_dependence_is_the_difference_of_two_plain_runs(variant, build, tokens, 
         reads = [torch.cat([call.output for call in calls], 1)[0].flatten(1) for calls in watch.calls]
         return torch.stack(reads), logits.log_softmax(-1)
 
+    control = found.retrieval[-1]
+    assert 0 < control.max() < 1e-4  # float64 and 45 tokens: as small as it is
     reads, logs = reads_and_logs(0, 0)
     for index, (first, last) in enumerate(spans):
         other, other_logs = reads_and_logs(first, last)

@@ -95,6 +95,13 @@ def run(arguments: Arguments) -> int:
         f"loss {record.loss.mean():.4f} nats per token, without writes {record.frozen_loss.mean():.4f}; "
         f"{len(ids):,} tokens in {time.monotonic() - started:,.0f} s"
     )
+    if dependence is not None:
+        console.print(
+            "what a block reads at the last token changes by "
+            + ", ".join(f"{value:.3g}" for value in dependence.retrieval[:-1, :, -1].mean(1, dtype="f8"))
+            + " without one of the spans, first to last; by "
+            f"{dependence.retrieval[-1, :, -1].mean(dtype='f8'):.3g} in the control"
+        )
     if left_out:
         console.print(left_out)
     for path in written:
@@ -161,7 +168,7 @@ def _measure(model: "PreTrainedModel", ids: "Tensor", count: int) -> tuple["Reco
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from titans.inspection.ablate import cost, dependence, equal_spans, groups_of
+    from titans.inspection.ablate import cost, dependence, equal_spans, starts_of
     from titans.inspection.record import first_boundary, record
 
     tokens = len(ids)
@@ -183,7 +190,7 @@ def _measure(model: "PreTrainedModel", ids: "Tensor", count: int) -> tuple["Reco
         def show(done: int) -> None:
             bar.update(task, completed=done, rate=done / (time.monotonic() - started))
 
-        found, caches = record(model, ids, [group[0][0] for group in groups_of(spans)], show)
+        found, caches = record(model, ids, starts_of(spans), show)
         if not spans:
             return found, None
         bar.update(task, description="leaving out spans")

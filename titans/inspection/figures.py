@@ -140,11 +140,12 @@ def _dependence(dependence: Dependence) -> Figure:
     }
     edges = [*(first for first, _ in dependence.spans), dependence.spans[-1][1]]
     for each, (name, values) in zip(axes, panels.items(), strict=True):
-        _, cells = averaged(values, 300)
+        control = float(values[-1, values.shape[-1] // 2 :].mean())
+        _, cells = averaged(values[:-1], 300)
         norm = PowerNorm(0.5, vmin=0, vmax=max(float(np.quantile(cells, 0.99)), 1e-12))
         places = np.linspace(0, values.shape[-1], cells.shape[-1] + 1)
         mesh = each.pcolormesh(places, edges, cells, cmap="Blues", norm=norm, rasterized=True)
-        each.set_title(name, fontsize=9)
+        each.set_title(f"{name}\ncontrol, second half: {control:.2g}", fontsize=8)
         each.grid(visible=False)
         each.locator_params(axis="x", nbins=4)
         figure.colorbar(mesh, ax=each)

@@ -2,16 +2,21 @@
 const LEFT = 46, RIGHT = 10, TOP = 6, BOTTOM = 18;
 const charts = [];
 
-// Colours come from the style sheet, where light and dark are told apart.
+// Colours come from the style sheet, where light and dark are told apart; `makeColours` empties the map.
+const colours = new Map();
+
 function colour(name) {
-  const probe = byId("probe");
-  probe.style.color = `var(--${name})`;
-  return getComputedStyle(probe).color;
+  if (!colours.has(name)) {
+    const probe = byId("probe");
+    probe.style.color = `var(--${name})`;
+    colours.set(name, getComputedStyle(probe).color);
+  }
+  return colours.get(name);
 }
 
 function niceTicks(low, high, count) {
   const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].find((factor) => factor * power >= raw) * power;
+  const step = [1, 2, 2.5, 5, 10].find((factor) => factor * power >= raw) * power;
   const ticks = [];
   for (let tick = Math.ceil(low / step - 1e-9) * step; tick <= high + step * 1e-9; tick += step) ticks.push(tick);
   return ticks;
@@ -19,25 +24,37 @@ function niceTicks(low, high, count) {
 
 class Canvas {
   // A canvas as large as its place on the page, in device pixels, with the pointer and the view's axis.
+  // `paint` draws what depends on the choices; it is kept, and scrolling and the cursor only draw marks on it.
   constructor(id) {
     this.canvas = byId(id);
+    this.base = document.createElement("canvas");
     this.canvas.addEventListener("pointermove", (event) => setHover(this.tokenAt(event)));
     this.canvas.addEventListener("pointerleave", () => setHover(null));
     this.canvas.addEventListener("click", (event) => setCursor(this.tokenAt(event), true));
     charts.push(this);
   }
 
-  begin() {
+  draw() {
     const ratio = window.devicePixelRatio || 1;
     [this.width, this.height] = [this.canvas.clientWidth, this.canvas.clientHeight];
-    this.canvas.width = this.width * ratio;
-    this.canvas.height = this.height * ratio;
-    const pen = this.canvas.getContext("2d");
-    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.clearRect(0, 0, this.width, this.height);
-    pen.font = "11px " + getComputedStyle(document.body).fontFamily;
     this.inner = this.width - LEFT - RIGHT;
-    return pen;
+    const key = [this.width, this.height, ratio, ...state.view, state.block, state.head, state.measure, isDark()].join();
+    if (this.key !== key) {
+      this.key = key;
+      for (const canvas of [this.base, this.canvas]) {
+        canvas.width = this.width * ratio;
+        canvas.height = this.height * ratio;
+        canvas.getContext("2d").setTransform(ratio, 0, 0, ratio, 0, 0);
+      }
+      const pen = this.base.getContext("2d");
+      pen.font = "11px " + getComputedStyle(document.body).fontFamily;
+      this.paint(pen);
+    }
+    const pen = this.canvas.getContext("2d");
+    pen.clearRect(0, 0, this.width, this.height);
+    pen.drawImage(this.base, 0, 0, this.width, this.height);
+    this.marks(pen);
+    this.showValues();
   }
 
   x(token) {
@@ -53,11 +70,11 @@ class Canvas {
 
   axis(pen, bottom) {
     pen.fillStyle = colour("faint");
-    pen.textAlign = "center";
     for (const tick of niceTicks(...state.view, Math.max(2, this.inner / 90))) {
       const x = this.x(tick);
-      if (x < LEFT + 1 || x > this.width - RIGHT - 12) continue;
+      if (x < LEFT + 1) continue;
       pen.fillRect(Math.round(x), bottom, 1, 3);
+      pen.textAlign = x > this.width - RIGHT - 20 ? "right" : "center";
       pen.fillText(whole(tick), x, bottom + 14);
     }
     pen.textAlign = "right";
@@ -65,10 +82,11 @@ class Canvas {
   }
 
   // The lines in sight in the text, the cursor and what the pointer is on.
-  marks(pen, top, bottom) {
-    const [first, last] = visibleTokens();
+  marks(pen) {
+    const [first, last] = visibleTokens(), top = this.top ?? TOP, bottom = this.height - BOTTOM;
+    const from = Math.max(LEFT, this.x(first)), to = Math.min(this.width - RIGHT, this.x(last));
     pen.fillStyle = colour("sight");
-    pen.fillRect(this.x(first), top, Math.max(2, this.x(last) - this.x(first)), bottom - top);
+    if (to > from) pen.fillRect(from, top, Math.max(2, to - from), bottom - top);
     for (const [token, name] of [[state.hover, "faint"], [state.cursor, "accent"]]) {
       if (token === null || token < state.view[0] || token >= state.view[1]) continue;
       pen.fillStyle = colour(name);
@@ -85,9 +103,9 @@ class Curves extends Canvas {
     this.legend = byId(`${id}-legend`);
   }
 
-  draw() {
-    const pen = this.begin(), bottom = this.height - BOTTOM, columns = Math.max(2, Math.floor(this.inner));
-    const lines = this.lines();
+  paint(pen) {
+    const bottom = this.height - BOTTOM, columns = Math.max(2, Math.floor(this.inner));
+    const lines = this.current = this.lines();
     const traces = lines.map((line) => line.trace(...state.view, columns));
     if (this.log) {  // layers whose values differ by decades, as the steps of W₁ and W₂ do
       for (const trace of traces) {
@@ -102,9 +120,8 @@ class Curves extends Canvas {
     if (this.zero) low = Math.min(0, low);
     if (!(high > low)) [low, high] = [low - Math.abs(low) * 0.1 - 1e-9, high + Math.abs(high) * 0.1 + 1e-9];
     const y = (value) => bottom - (value - low) / (high - low) * (bottom - TOP);
-    this.marks(pen, TOP, bottom);
     pen.textAlign = "right";
-    let ticks = niceTicks(low, high, 3);
+    let ticks = niceTicks(low, high, this.height > 90 ? 4 : 3);
     if (this.log && high - low > 1) ticks = ticks.filter(Number.isInteger);
     for (const tick of ticks) {
       pen.fillStyle = colour("grid");
@@ -130,12 +147,11 @@ class Curves extends Canvas {
       trace.mean.forEach((value, i) => pen.lineTo(x(i), y(value)));
       pen.stroke();
     });
-    this.showLegend(lines);
   }
 
-  showLegend(lines) {
+  showValues() {
     const token = state.hover ?? state.cursor;
-    this.legend.replaceChildren(...lines.map((line) => {
+    this.legend.replaceChildren(...this.current.map((line) => {
       const item = element("span", { class: "key" }, `${line.label} `);
       item.style.setProperty("--key", `var(--${line.colour})`);
       const value = line.value(token);
@@ -184,30 +200,35 @@ function smoothed(values, start, width) {
 }
 
 class DependenceMap extends Canvas {
-  // One row per span, one column per place of the view; the darker, the more the place depends on the span.
+  // One row per span and one for the control, one column per place of the view; the darker, the more the
+  // place depends on it.
   constructor(id, list) {
     super(id);
+    this.top = 0;
     this.list = byId(list);
-    this.row = Math.max(7, Math.min(18, Math.floor(290 / data.spans.length)));
-    this.canvas.style.height = `${this.row * data.spans.length + BOTTOM}px`;
+    this.rows = [...data.spans, [0, total]];
+    this.control = data.spans.length;
+    this.row = Math.max(7, Math.min(18, Math.floor(300 / this.rows.length)));
+    this.canvas.style.height = `${this.row * this.rows.length + BOTTOM}px`;
     this.list.style.setProperty("--row", `${this.row}px`);
-    this.bars = data.spans.map(([first, last], span) => {
-      const bar = element("button", { type: "button", class: "bar" });
+    this.bars = this.rows.map(([first, last], span) => {
+      const bar = element("button", { type: "button", class: span === this.control ? "bar control" : "bar" });
       bar.append(element("span", { class: "length" }), element("b"));
-      bar.addEventListener("click", () => reveal(data.spans[span][0], true));
-      bar.title = `tokens ${whole(first)} to ${whole(last - 1)}: show in the text`;
+      bar.addEventListener("click", () => reveal(first, true));
+      bar.title = span === this.control ? "control: nothing left out, a change of one part in a million"
+        : `tokens ${whole(first)} to ${whole(last - 1)}: show in the text`;
       return bar;
     });
     this.list.replaceChildren(...this.bars);
   }
 
-  draw() {
-    const pen = this.begin(), one = series[state.measure], [from, to] = state.view;
-    const bottom = this.row * data.spans.length, columns = Math.max(1, Math.floor(this.inner / 2));
-    const traces = data.spans.map((_, span) => columnsOf(one.mean(dependenceRows(span)), one.bin)(from, to, columns));
+  paint(pen) {
+    const one = series[state.measure], [from, to] = state.view;
+    const bottom = this.row * this.rows.length, columns = Math.max(1, Math.floor(this.inner / 2));
+    const traces = this.rows.map((_, span) => columnsOf(one.mean(dependenceRows(span)), one.bin)(from, to, columns));
     const most = Math.max(1e-12, ...traces.map((trace) => quantiles(trace.mean, [0.98])[0]));
-    pen.fillStyle = colour("depend");
     traces.forEach((trace, span) => {
+      pen.fillStyle = colour(span === this.control ? "without" : "depend");
       const edge = (i) => Math.round(LEFT + i / trace.mean.length * this.inner);
       trace.mean.forEach((value, i) => {
         pen.globalAlpha = Math.min(1, Math.sqrt(value / most));
@@ -215,29 +236,28 @@ class DependenceMap extends Canvas {
       });
     });
     pen.globalAlpha = 1;
-    this.marks(pen, 0, bottom);
     this.axis(pen, bottom);
     pen.textAlign = "right";
     pen.fillStyle = colour("faint");
     const every = Math.ceil(12 / this.row);
-    data.spans.forEach(([first], span) => {
-      if (span % every === 0) pen.fillText(whole(first), LEFT - 6, (span + 0.5) * this.row + 4);
+    this.rows.forEach(([first], span) => {
+      const control = span === this.control, label = control ? "control" : whole(first);
+      if (control || (span % every === 0 && span + every <= this.control)) {
+        pen.fillText(label, LEFT - 6, (span + 0.5) * this.row + 4);
+      }
     });
     byId("depend-scale").textContent = `blank: 0; full colour: ${short(most)} and more, in between by square root. Rows: the spans' first tokens.`;
-    this.showBars();
   }
 
-  showBars() {
+  showValues() {
     const token = state.hover ?? state.cursor;
-    const values = data.spans.map((_, span) => dependenceAt(span, token));
+    const values = this.rows.map((_, span) => dependenceAt(span, token));
     const most = Math.max(...values, 1e-12);
     this.bars.forEach((bar, span) => {
-      const [first, last] = data.spans[span];
-      bar.classList.toggle("later", first > token);
+      const [first] = this.rows[span], shown = first > token ? "later" : short(values[span]);
       bar.style.setProperty("--share", values[span] / most);
-      bar.lastChild.textContent = first > token ? "" : short(values[span]);
-      bar.setAttribute("aria-label",
-        `tokens ${whole(first)} to ${whole(last - 1)}: ${first > token ? "later" : short(values[span])}`);
+      bar.lastChild.textContent = first > token ? "" : shown;
+      bar.setAttribute("aria-label", `${bar.title}: ${shown}`);
     });
   }
 }

@@ -157,6 +157,7 @@ function radios(kind, count) {
 function makeColours() {
   // Steps of one hue scale that text stays legible on: up to a light orange, or from black to a dark one.
   const sheet = byId("style").sheet, dark = isDark();
+  colours.clear();
   for (let rule = sheet.cssRules.length - 1; rule >= 0 && /^\.l\d+/.test(sheet.cssRules[rule].selectorText ?? ""); rule--) {
     sheet.deleteRule(rule);
   }

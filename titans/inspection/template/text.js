@@ -113,9 +113,10 @@ function drawText() {
     }
   }
   const values = surpriseNow();
-  text.scale = quantiles(values, [0.02, 0.99]);
-  if (!(text.scale[0] > 0)) text.scale[0] = Math.max(text.scale[1] * 1e-3, 1e-9);
-  if (!(text.scale[1] > text.scale[0])) text.scale[1] = text.scale[0] * 2;
+  if (text.scaled !== values) {
+    const [low, high] = quantiles(values, [0.02, 0.99]), least = low > 0 ? low : Math.max(high * 1e-3, 1e-9);
+    Object.assign(text, { scaled: values, scale: [least, high > least ? high : least * 2] });
+  }
   if (data.spans) {
     const strengths = data.spans.map((_, span) => dependenceAt(span, state.cursor));
     const most = Math.max(...strengths, 1e-9);
