@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from titans.ops import MemoryOutput, MemorySpec, MemoryState
+from titans.ops import MemoryOutput, MemorySpec, MemoryState, resolve_implementation
 from titans.testing import assert_agreement, random_inputs, relative_error
 from titans.testing.comparison import named_results
 
 pytest.importorskip("triton")
+from titans.ops.kernels import step_operator
 from titans.ops.kernels.step import memory_step, own_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -222,6 +223,111 @@ def test_in_place_refuses_memory_that_is_not_its_own():
     fresh = own_memory(MemoryState.initial(parameters, batch=3))
     step(replace(inputs, state=fresh), in_place=True)
     assert all(torch.equal(new, old[0]) for new, old in zip(parameters, inputs.state.weights, strict=True))
+
+
+@pytest.fixture
+def steps_taken(monkeypatch):
+    """The tokens that go through the step kernel, one entry a call."""
+    taken = []
+
+    def count(q, *others):
+        taken.append(q.shape[1])
+        return run(q, *others)
+
+    run = step_operator.step_in_place
+    monkeypatch.setattr(step_operator, "step_in_place", count)
+    return taken
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("momentum", ["head", None])
+@pytest.mark.parametrize("spec", [LINEAR, SMALL], ids=["linear", "mlp"])
+def test_the_op_decodes_by_steps_and_goes_on_by_chunks(spec, momentum, steps_taken):
+    """Tokens one by one, then many at once, across the ends of chunks: the recurrence, one kind of state."""
+    inputs = random_inputs(spec, tokens=26, heads=1, momentum=momentum, position=[13, 0])
+    expected = named_results(inputs.run("reference"))
+    inputs = on_device(inputs).cast(torch.float32)
+    state, outputs = inputs.state, []
+    for start, stop in ((0, 1), (1, 2), (2, 3), (3, 4), (4, 24), (24, 25), (25, 26)):
+        output, state = inputs.tokens(start, stop, state).run("triton")
+        outputs.append(output)
+        for tensor in (*state.weights, *state.momentum, *state.anchor, state.position):
+            assert tensor.is_contiguous()
+        assert state.position.dtype == torch.int32
+    assert steps_taken == [1] * 6
+    results = named_results(MemoryOutput(torch.cat(outputs, dim=1), state))
+    assert_agreement({name: tensor.cpu() for name, tensor in results.items()}, expected, rtol=1e-4)
+
+
+def test_the_given_state_stays_as_it_was(steps_taken):
+    """A fresh state shares weights, anchor and parameters; the op writes none of them."""
+    inputs = one_token(position=[0, 0, 0])
+    parameters = tuple(weight[0].clone() for weight in inputs.state.weights)
+    replace(inputs, state=MemoryState.initial(parameters, batch=3)).run("triton")
+    assert steps_taken == [1]
+    assert all(torch.equal(new, old[0]) for new, old in zip(parameters, inputs.state.weights, strict=True))
+
+
+@pytest.mark.parametrize("name", ["v", "log_decay", "norm_weight", "state.weights[0]"])
+def test_what_requires_a_gradient_takes_the_kernels_that_give_it(name, steps_taken):
+    inputs = one_token(chunk_size=16, position=[0, 1, 15])
+    leaf = inputs.tensors()[name].requires_grad_()
+    output, _ = inputs.map(lambda given, tensor: leaf if given == name else tensor).run("triton")
+    (gradient,) = torch.autograd.grad(output.square().sum(), [leaf])
+    assert gradient.isfinite().all()
+    assert not steps_taken
+    with torch.no_grad():
+        assert torch.allclose(inputs.run("triton").output, output, rtol=1e-4, atol=1e-5)
+    assert steps_taken == [1]
+
+
+@torch.no_grad()
+def test_documents_take_the_kernels_that_know_them(steps_taken):
+    inputs = on_device(random_inputs(LINEAR, documents=(1, 0), dtype=torch.float32))
+    inputs = replace(inputs, cu_seqlens=inputs.cu_seqlens.to(DEVICE))
+    inputs.run("triton")
+    assert not steps_taken
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("momentum", ["head", None])
+def test_the_operator(momentum, monkeypatch):
+    """Schema and fakes of `titans::memory_step`, and one graph with the numbers of the eager call."""
+    inputs = one_token(momentum=momentum)
+    caught = []
+    run = step_operator._step
+
+    def record(*arguments):
+        caught.append(arguments)
+        return run(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_operator, "_step", record)
+        eager = inputs.run("triton")
+    torch.library.opcheck(torch.ops.titans.memory_step.default, caught[0])
+    compiled = torch.compile(lambda: inputs.run("triton"), fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(), eager)
+
+
+def test_when_auto_takes_the_step():
+    """On a CUDA device whatever the chunk and the dtype, as far as the step covers the memory."""
+    cuda, half, mlp = torch.device("cuda"), torch.bfloat16, MemorySpec(dim=64, depth=2)
+
+    def resolved(dtype=half, spec=mlp, chunk_size=16, device=cuda, **options):
+        return resolve_implementation("auto", device, dtype, spec, chunk_size, **options)
+
+    assert resolved(one_token=True) == resolved(torch.float32, one_token=True) == "triton step"
+    assert resolved(chunk_size=8, one_token=True) == "triton step"
+    assert resolved() == "triton"
+    assert resolved(chunk_size=8) == resolved(torch.float32) == "chunked"
+    for refused in (
+        {"dtype": torch.float64},
+        {"spec": replace(mlp, depth=3)},
+        {"spec": replace(mlp, dim=32)},
+        {"device": torch.device("cpu")},
+        {"channelwise": True},
+    ):
+        assert resolved(**refused, one_token=True) == "chunked"
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ Paper sec. 3.1 and 3.2 (Eq. 8 to 18). `reference.py` is this recurrence, `chunke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -40,10 +40,17 @@ def _fused(*arguments: Any) -> tuple[Tensor, MemoryState]:
     return fused(*arguments)
 
 
+def _stepped(*arguments: Any) -> tuple[Tensor, MemoryState]:
+    from titans.ops.kernels import stepped
+
+    return stepped(*arguments)
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, MemoryState]]] = {
     "reference": reference,
     "chunked": chunked,
     "triton": _fused,
+    "triton step": _stepped,
 }
 
 
@@ -61,28 +68,33 @@ def resolve_implementation(
     spec: MemorySpec | None = None,
     chunk_size: int = 16,
     channelwise: bool = False,
+    one_token: bool = False,
 ) -> str:
     """The implementation that `impl` stands for; an explicit one never falls back silently.
 
     "auto" is "triton" for half-precision tensors on a CUDA device where its kernels cover the call (see
     `kernels/support.py`), otherwise "chunked".
+
+    one_token: the call holds one token a row, no documents, and nothing in it requires a gradient. "triton"
+    is then "triton step", the kernel for decoding: it covers any chunk size and computes in float32
+    throughout, so "auto" takes it for float32 tensors, too.
     """
+    if impl not in get_args(Implementation):
+        raise ValueError(f"impl must be one of {list(get_args(Implementation))}, got {impl!r}")
+    if impl not in ("auto", "triton"):
+        return impl
+    kernels = "triton step" if one_token else "triton"
+    chunk = None if one_token else chunk_size
     if impl == "auto":
-        if (
-            device is None
-            or device.type != "cuda"
-            or spec is None
-            or dtype not in (torch.bfloat16, torch.float16)
-        ):
+        if device is None or device.type != "cuda" or spec is None:
             return "chunked"
-        return "chunked" if unsupported(device, dtype, spec, chunk_size, channelwise) else "triton"
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {['auto', *_IMPLEMENTATIONS]}, got {impl!r}")
-    if impl == "triton" and device is not None and spec is not None:
-        reason = unsupported(device, dtype, spec, chunk_size, channelwise)
+        pays = one_token or dtype in (torch.bfloat16, torch.float16)
+        return kernels if pays and not unsupported(device, dtype, spec, chunk, channelwise) else "chunked"
+    if device is not None and spec is not None:
+        reason = unsupported(device, dtype, spec, chunk, channelwise)
         if reason is not None:
             raise ValueError(f"impl='triton' {reason}")
-    return impl
+    return kernels
 
 
 def neural_memory(
@@ -116,8 +128,9 @@ def neural_memory(
         cu_seqlens: int32 `[N + 1]`, packed documents (B = 1); the state then has N rows, no information
             crosses documents and an empty document passes its state through.
         impl: "reference" (token loop), "chunked" (dual form in PyTorch), "triton" (fused kernels on a CUDA
-            device: bf16 and fp16 inputs are multiplied as they are, sums and state are float32) or "auto"
-            (`resolve_implementation`). An explicit choice never falls back to another.
+            device: bf16 and fp16 inputs are multiplied as they are, sums and state are float32; one token
+            without gradients takes the kernel for decoding) or "auto" (`resolve_implementation`). An
+            explicit choice never falls back to another.
 
     Returns:
         `MemoryOutput(output [B, T, H, D] in the dtype of v, state)`. Differentiable with respect to
@@ -131,11 +144,17 @@ def neural_memory(
         q, k, v, theta, log_decay, log_momentum, state, spec, norm_weight, norm_bias, chunk_size, cu_seqlens
     )
     channelwise = isinstance(log_decay, tuple)
-    name = resolve_implementation(impl, q.device, q.dtype, spec, chunk_size, channelwise)
+    one_token = q.shape[1] == 1 and cu_seqlens is None
+    if one_token and torch.is_grad_enabled():
+        decays = log_decay if isinstance(log_decay, tuple) else (log_decay,)
+        tensors = [q, k, v, theta, *decays, log_momentum, norm_weight, norm_bias]
+        tensors += [*state.weights, *state.momentum, *state.anchor]
+        one_token = not any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    name = resolve_implementation(impl, q.device, q.dtype, spec, chunk_size, channelwise, one_token)
     run = _IMPLEMENTATIONS[name]
     dtype = compute_dtype(q)
     # The kernels multiply in the dtype of the inputs and add up in float32.
-    of_tokens = q.dtype if name == "triton" else dtype
+    of_tokens = q.dtype if name.startswith("triton") else dtype
 
     def cast(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(dtype)

@@ -1,7 +1,8 @@
 """Fused GPU kernels in Triton: `impl="triton"`. Importing this module imports Triton; `support` does not.
 
 Reading order: functions.py, gates.py, linear.py, mlp_forward.py, mlp_backward.py, step.py (device code);
-plan.py, launch.py, linear_passes.py, mlp_passes.py, passes.py (what runs when).
+plan.py, launch.py, linear_passes.py, mlp_passes.py, passes.py (what runs when). layer.py: what surrounds the
+memory.
 """
 
 from __future__ import annotations
@@ -28,3 +29,10 @@ def fused(
     from titans.ops.operator import run_operator
 
     return run_operator("triton", q, k, v, theta, log_decay, log_momentum, state, *others)
+
+
+def stepped(*arguments: Any) -> tuple[Tensor, MemoryState]:
+    """The same for one token a row without gradients, by `step.py`; registers its operator."""
+    from titans.ops.kernels.step_operator import run_step
+
+    return run_step(*arguments)

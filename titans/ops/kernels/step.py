@@ -27,7 +27,7 @@ from torch import Tensor
 from titans.ops.api import MemoryOutput
 from titans.ops.kernels.functions import act, act_slope, normalize, normalize_backward
 from titans.ops.kernels.launch import Launch
-from titans.ops.kernels.support import CHUNKS, unsupported
+from titans.ops.kernels.support import unsupported
 from titans.ops.spec import MemorySpec, MemoryState
 from titans.ops.validation import check_memory_inputs
 
@@ -297,6 +297,26 @@ def memory_step(
         _check_own_memory(state)
     else:
         state = own_memory(state, momentum=log_momentum is not None)
+    output = step_in_place(
+        q, k, v, theta, log_decay, log_momentum, state, spec, norm_weight, norm_bias, chunk_size
+    )
+    return MemoryOutput(output, state)
+
+
+def step_in_place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    log_decay: Tensor,
+    log_momentum: Tensor | None,
+    state: MemoryState,
+    spec: MemorySpec,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    chunk_size: int,
+) -> Tensor:
+    """`memory_step` without its checks: writes the tensors of `state` (`own_memory`), returns the output."""
     q, k, v, theta, log_decay = (x.contiguous() for x in (q, k, v, theta, log_decay))
     log_momentum = None if log_momentum is None else log_momentum.contiguous()
     output = torch.empty_like(v)
@@ -306,7 +326,7 @@ def memory_step(
         norm_weight = None if norm_weight is None else norm_weight.contiguous()
         norm_bias = None if norm_bias is None else norm_bias.contiguous()
         _mlp(q, k, v, theta, log_decay, log_momentum, state, spec, norm_weight, norm_bias, chunk_size, output)
-    return MemoryOutput(output, state)
+    return output
 
 
 def own_memory(state: MemoryState, *, momentum: bool = True) -> MemoryState:
@@ -414,7 +434,7 @@ def _check_step(
     """What the step asks beyond `check_memory_inputs`."""
     if q.shape[1] != 1:
         raise ValueError(f"q must hold one token, [B, 1, H, D], got T = {q.shape[1]}")
-    reason = unsupported(q.device, q.dtype, spec, CHUNKS[0], False)  # here any chunk size will do
+    reason = unsupported(q.device, q.dtype, spec, None, False)
     if reason is not None:
         raise ValueError(f"the step kernel {reason}")
     if torch.is_grad_enabled():

@@ -17,6 +17,7 @@ MLP_DIMS = (64, 128)
 CHUNKS = (16, 32, 64)
 EXPANSIONS = (1, 2, 4)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CONV_SIZE = 4
 
 
 def interpreted() -> bool:
@@ -25,15 +26,11 @@ def interpreted() -> bool:
 
 
 def unsupported(
-    device: torch.device, dtype: torch.dtype, spec: MemorySpec, chunk_size: int, channelwise: bool
+    device: torch.device, dtype: torch.dtype, spec: MemorySpec, chunk_size: int | None, channelwise: bool
 ) -> str | None:
-    """Why `impl="triton"` cannot take a call: "needs ...", or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton, which is not installed"
-    if device.type != "cuda" and not interpreted():
-        return f"needs tensors on a CUDA device, got {device}"
-    if dtype not in DTYPES:
-        return f"needs q, k and v in bfloat16, float16 or float32, got {dtype}"
+    """Why `impl="triton"` cannot take a call: "needs ...", or None. chunk_size None: any, as in the step."""
+    if (reason := _unsupported_tensor("q, k and v", device, dtype)) is not None:
+        return reason
     if spec.depth > 2:
         return f"needs a memory of depth 1 or 2, got {spec.depth}"
     if spec.depth == 1 and spec.norm:
@@ -45,8 +42,31 @@ def unsupported(
         return f"needs a head width among {dims}, got {spec.dim}"
     if spec.depth == 2 and spec.expansion not in EXPANSIONS:
         return f"needs an expansion among {EXPANSIONS}, got {spec.expansion}"
-    if chunk_size not in CHUNKS:
+    if chunk_size is not None and chunk_size not in CHUNKS:
         return f"needs a chunk size among {CHUNKS}, got {chunk_size}"
     if channelwise:
         return "needs decay per head or per layer, got decay per channel (a tuple of log_decay)"
     return None
+
+
+def layer_unsupported(device: torch.device, dtype: torch.dtype, conv_size: int) -> str | None:
+    """The same of the kernels around the memory in its layer (`layer.py`), for projections of that dtype."""
+    if (reason := _unsupported_tensor("projections", device, dtype)) is not None:
+        return reason
+    if conv_size != CONV_SIZE:
+        return f"needs a convolution over {CONV_SIZE} tokens, got {conv_size}"
+    return None
+
+
+def _unsupported_tensor(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _installed():
+        return "needs the package triton, which is not installed"
+    if device.type != "cuda" and not interpreted():
+        return f"needs tensors on a CUDA device, got {device}"
+    if dtype not in DTYPES:
+        return f"needs {name} in bfloat16, float16 or float32, got {dtype}"
+    return None
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
