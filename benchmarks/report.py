@@ -1,11 +1,12 @@
 """Write docs/results.md from results/*.json.
 
-python benchmarks/report.py            write the page
-python benchmarks/report.py --check    exit with 1 when it is not what the results say
+python benchmarks/report.py            write the page, and its plots into docs/images/
+python benchmarks/report.py --check    exit with 1 when they are not what the results say
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE = ROOT / "results", ROOT / "docs" / "results.md"
+RESULTS, PAGE, IMAGES = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "docs" / "images"
 
 INTRODUCTION = """# Results
 
@@ -28,6 +29,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def origin(record: dict[str, Any], file: str) -> str:
+    if "machine" not in record:  # nothing was run
+        return f"`python -m tools.kernel_resources --write`; `results/{file}`."
     machine = record["machine"]
     versions = next((row["versions"] for row in record["rows"] if "gpu" in row.get("versions", {})), {})
     gpu = f"{versions['gpu']}, PyTorch {versions['torch']}, " if versions else ""
@@ -159,23 +162,21 @@ def ops_on_a_gpu(record: dict[str, Any]) -> str:
         f"bf16, {record['options']['tokens']:,} tokens in 16, 4 and 1 sequences, medians; inputs come from "
         "memory, not from the L2. Chunk 64 and 16 (c64, c16); mlp1, mlp2, mlp4: two layers of expansion 1, "
         "2, 4; GDN: Gated DeltaNet of flash-linear-attention in the same run, at the same shape. Peak memory "
-        "is what forward and backward took above the inputs, gradients included.\n"
+        "is what forward and backward took above the inputs, gradients included. TB/s: the bytes that must "
+        "be moved at least, over the time. First call: seconds of the first forward and backward, kernels "
+        "compiled, other compilers beside it.\n"
     )
     rows = []
     for entry in summary["table"]:
-        targets = [
-            f"{target['what']} {target['value']:.2f}, at most {target['limit']:g}: "
-            + ("met" if target["met"] else "**missed**")
-            for target in entry["targets"]
-        ]
         numbers = [entry[name] for name in ("forward_ms", "both_ms", "ratio", "peak_gb", "peak_ratio")]
-        failed = ["failed: " + entry["error"].partition("}: ")[2]] if entry["error"] else []
+        rate, first = entry.get("terabytes_per_second"), entry.get("first_seconds")
         rows.append(
             [
                 entry["row"],
                 f"B{entry['batch']} T{entry['tokens']}, {entry['heads']} x {entry['dim']}",
-                *("" if number is None else f"{number:.2f}" for number in numbers),
-                "; ".join(targets + failed).replace("|", "/"),
+                *("" if number is None else f"{number:.2f}" for number in [*numbers, rate]),
+                "" if first is None else f"{first:.0f}",
+                verdicts(entry, "at most"),
             ]
         )
     header = [
@@ -186,6 +187,8 @@ def ops_on_a_gpu(record: dict[str, Any]) -> str:
         "over GDN",
         "peak GB",
         "over GDN",
+        "TB/s",
+        "first call s",
         "targets",
     ]
     parts = ["## The op on a GPU\n", about, table(header, rows)]
@@ -197,8 +200,114 @@ def ops_on_a_gpu(record: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def verdicts(entry: dict[str, Any], bound: str) -> str:
+    """Every target of a row with what came, and why it failed if it did."""
+    said = [
+        f"{target['what']} {target['value']:.2f}, {bound} {target['limit']:g}: "
+        + ("met" if target["met"] else "**missed**")
+        for target in entry["targets"]
+    ]
+    if entry["error"]:
+        said.append("failed: " + entry["error"].partition("}: ")[2])
+    return "; ".join(said).replace("|", "/")
+
+
+def models_on_a_gpu(record: dict[str, Any]) -> str:
+    options, entries = record["options"], record["summary"]["table"]
+    about = (
+        f"{options['size']} models, random weights, bf16 autocast, forward, backward and AdamW on "
+        f"{options['step_tokens']:,} tokens a step: thousands of tokens/s by length, in brackets over the "
+        "model with full attention at this length. f256, f64, linear: hidden units of the memory; c16: chunk "
+        "16 instead of 64; attention-2048: sliding window.\n"
+    )
+    lengths = sorted({entry["tokens"] for entry in entries})
+    rows, notes = [], []
+    for name in dict.fromkeys(entry["row"] for entry in entries):
+        by_length = {entry["tokens"]: entry for entry in entries if entry["row"] == name}
+        rows.append([name, *(_speed(by_length.get(length)) for length in lengths)])
+        for length, entry in by_length.items():
+            facts, said = entry["facts"], [verdicts(entry, "at least")]
+            if "compiler_error" in facts:
+                said.append(f"not compiled: {facts['compiler_error']}")
+            if facts.get("graph_breaks"):
+                said.append(f"a block compiled in {facts['graphs']} graphs")
+            if said := list(filter(None, said)):
+                notes.append(f"* {name} at {length:,}: {'; '.join(said)}")
+    parts = ["## Whole models on a GPU\n", about, table(["model", *(f"{n:,}" for n in lengths)], rows)]
+    return "\n".join([*parts, "", *notes] if notes else parts)
+
+
+def _speed(entry: dict[str, Any] | None) -> str:
+    if entry is None or entry["tokens_per_second"] is None:
+        return "" if entry is None else "failed"
+    over = "" if entry["ratio"] is None else f" ({entry['ratio']:.2f})"
+    return f"{entry['tokens_per_second'] / 1e3:,.1f}{over}"
+
+
+def kernel_resources(record: dict[str, Any]) -> str:
+    about = (
+        f"Compiled for {record['target']} with Triton {record['triton']}, without a GPU: of the kernels that "
+        "share widths, chunk and type, the most registers of a thread, those that spill (bytes of a thread), "
+        "and the most shared memory of a block.\n"
+    )
+    families: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, needs in record["kernels"].items():
+        kernel, _, sizes = name.partition(" ")
+        families.setdefault(f"{kernel.partition('_')[0]} {sizes}", {})[kernel] = needs
+    rows = []
+    for family, kernels in families.items():
+        known = {kernel: needs for kernel, needs in kernels.items() if "error" not in needs}
+        spills = [
+            f"{kernel} {needs['spill_bytes']}" for kernel, needs in known.items() if needs["spill_bytes"]
+        ]
+        spills += [f"{kernel} does not compile" for kernel in kernels if kernel not in known]
+        most = {
+            key: max((n[key] for n in known.values()), default=0) for key in ("registers", "shared_bytes")
+        }
+        shared = f"{most['shared_bytes'] / 1024:.0f}"
+        rows.append([family, str(len(kernels)), str(most["registers"]), ", ".join(spills), shared])
+    header = ["kernels", "number", "registers", "spill", "shared KiB"]
+    return "\n".join(["## What the kernels need\n", about, table(header, rows)])
+
+
+def plot_ops(record: dict[str, Any], figure: Any) -> None:
+    """A panel for each width of the heads: time over Gated DeltaNet's, by shape."""
+    entries = [entry for entry in record["summary"]["table"] if entry["ratio"] is not None]
+    widths = list(dict.fromkeys((entry["heads"], entry["dim"]) for entry in entries))
+    for number, (heads, dim) in enumerate(widths, 1):
+        axes = figure.add_subplot(1, len(widths), number)
+        here = [entry for entry in entries if (entry["heads"], entry["dim"]) == (heads, dim)]
+        shapes = list(dict.fromkeys((entry["batch"], entry["tokens"]) for entry in here))
+        for name in dict.fromkeys(entry["row"] for entry in here):
+            mine = [entry for entry in here if entry["row"] == name]
+            at = [shapes.index((entry["batch"], entry["tokens"])) for entry in mine]
+            axes.plot(at, [entry["ratio"] for entry in mine], marker="o", label=name)
+        axes.set(title=f"{heads} heads x {dim}", yscale="log", ylabel="forward + backward, time / GDN's")
+        axes.set_xticks(range(len(shapes)), [f"B{batch} T{tokens}" for batch, tokens in shapes])
+        axes.grid(True, alpha=0.3)
+        axes.legend(fontsize="small")
+
+
+def plot_models(record: dict[str, Any], figure: Any) -> None:
+    """Tokens/s by length, a line for each model."""
+    axes = figure.add_subplot()
+    entries = [entry for entry in record["summary"]["table"] if entry["tokens_per_second"] is not None]
+    for name in dict.fromkeys(entry["row"] for entry in entries):
+        mine = [entry for entry in entries if entry["row"] == name]
+        speeds = [entry["tokens_per_second"] / 1e3 for entry in mine]
+        axes.plot([entry["tokens"] for entry in mine], speeds, marker="o", label=name)
+    lengths = sorted({entry["tokens"] for entry in entries})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set(xlabel="tokens of a sequence", ylabel="thousands of tokens/s", ylim=(0, None))
+    axes.grid(True, alpha=0.3)
+    axes.legend(fontsize="small")
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ops_gpu.json": ops_on_a_gpu,
+    "models_gpu.json": models_on_a_gpu,
+    "kernel_resources.json": kernel_resources,
     "ops_cpu.json": memory_on_a_cpu,
     "stability.json": stability,
     "initial_values.json": initial_values,
@@ -206,19 +315,76 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def page() -> str:
+# A plot of the same name in docs/images/: what it shows, and who draws it.
+PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Any], None]]] = {
+    "ops_gpu.json": ("Time over Gated DeltaNet's by shape", plot_ops),
+    "models_gpu.json": ("Tokens/s by length", plot_models),
+}
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """What has been measured, in the page's order."""
+    return {
+        file: json.loads((RESULTS / file).read_text(encoding="utf-8"))
+        for file in SECTIONS
+        if (RESULTS / file).exists()
+    }
+
+
+def page(records: dict[str, dict[str, Any]]) -> str:
     parts = [INTRODUCTION]
-    for file, section in SECTIONS.items():
-        if not (RESULTS / file).exists():  # not measured yet
-            continue
-        record = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-        parts.append(section(record) + "\n\n" + origin(record, file) + "\n")
+    for file, record in records.items():
+        parts.append(SECTIONS[file](record) + "\n")
+        if file in PLOTS:
+            parts.append(f"![{PLOTS[file][0]}](images/{image_of(file).name})\n")
+        parts.append(origin(record, file) + "\n")
     return "\n".join(parts)
 
 
+def image_of(file: str) -> Path:
+    return (IMAGES / file).with_suffix(".png")
+
+
+def stale_images(records: dict[str, dict[str, Any]]) -> list[str]:
+    """Results whose plot is not there, or was drawn from other figures: a plot names those that it shows."""
+    return [
+        file
+        for file in records
+        if file in PLOTS
+        and not (image_of(file).exists() and digest(records[file]).encode() in image_of(file).read_bytes())
+    ]
+
+
+def digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record["summary"]["table"]).encode()).hexdigest()
+
+
+def draw(file: str, record: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    title, plot = PLOTS[file]
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure.suptitle(title)
+    plot(record, figure)
+    IMAGES.mkdir(exist_ok=True)
+    figure.savefig(image_of(file), dpi=100, metadata={"Source": digest(record)})
+
+
+def main(check: bool) -> str | None:
+    """The complaint of a check; None where there is none."""
+    records = results()
+    stale, text = stale_images(records), page(records)
+    if check:
+        wrong = [image_of(file).name for file in stale]
+        wrong += [PAGE.name] if PAGE.read_text(encoding="utf-8") != text else []
+        return f"stale: {', '.join(wrong)}; run python benchmarks/report.py" if wrong else None
+    for file in stale:
+        draw(file, records[file])
+    PAGE.write_text(text, encoding="utf-8")
+    return None
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--check"]:
-        sys.exit(
-            None if PAGE.read_text(encoding="utf-8") == page() else f"{PAGE.name} is stale: run {__file__}"
-        )
-    PAGE.write_text(page(), encoding="utf-8")
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit(__doc__)
+    sys.exit(main(check="--check" in sys.argv))
