@@ -61,7 +61,9 @@ bench: $(READY)
 		--no-build-isolation --editable '.[benchmark]'
 	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-		then $(BIN)/titans bench ops; else echo "== titans bench ops: left out, it needs a CUDA device"; fi
+		then $(BIN)/titans bench ops && $(BIN)/titans bench models; \
+		else echo "== titans bench ops, models: left out, they need a CUDA device"; fi
+	$(BIN)/python benchmarks/report.py
 
 lock:
 	$(PYTHON) tools/lock.py

@@ -1,9 +1,11 @@
 """`titans bench`: workloads run, a row that fails is a row, and the table says what the numbers say."""
 
+import importlib.util
 import itertools
 import json
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ SMALL = {
     "impl": "chunked",
 }
 SHAPE = (16, 2048, 16, 64)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("workload", ["our_op", "attention", "our_layer"])
@@ -226,22 +229,26 @@ def test_a_piece_that_does_not_fit_is_halved(monkeypatch):
     assert (step.facts["micro_tokens"], seen) == (32, [4, 2, 2])
 
 
-def test_speeds_are_compared_with_full_attention():
-    def at(tokens: int, **tokens_per_second: float) -> dict:
-        return {
-            (name.replace("_", "-"), tokens): Measurement([65536 / value], 10**9, {})
-            for name, value in tokens_per_second.items()
-        }
+def speeds(tokens: int, **tokens_per_second: float) -> dict:
+    return {
+        (name.replace("_", "-"), tokens): Measurement([65536 / value], 10**9, {})
+        for name, value in tokens_per_second.items()
+    }
 
-    entries = models_rows.summarise(
-        at(4096, attention=200e3, lmm_f256=160e3) | at(8192, attention=150e3, lmm_f64=180e3), 65536
-    )
+
+SPEEDS = speeds(4096, attention=200e3, lmm_f256=160e3) | speeds(8192, attention=150e3, lmm_f64=180e3)
+SPEEDS["lmm-f256", 8192] = RowFailed("training_step {'tokens': 8192}: OutOfMemoryError: 140 GB")
+
+
+def test_speeds_are_compared_with_full_attention():
+    entries = models_rows.summarise(SPEEDS, 65536)
     met = {(entry["row"], entry["tokens"]): entry["targets"] for entry in entries}
     assert [target["met"] for target in met["lmm-f256", 4096]] == [False]  # 0.8, asked: 0.83
     assert [target["met"] for target in met["lmm-f64", 8192]] == [True]
     header, lines = models_rows.table(entries)
     assert header == ["model", "4096", "8192", "targets"]
-    assert lines[1] == ["lmm-f256", "160.0 (0.80)", "", "paper's ratio at 4096 0.80 MISSED 0.83"]
+    missed = "paper's ratio at 4096 0.80 MISSED 0.83"
+    assert lines[1] == ["lmm-f256", "160.0 (0.80)", "failed: OutOfMemoryError: 140 GB", missed]
 
 
 def found(**milliseconds: float) -> dict:
@@ -320,6 +327,61 @@ def test_shares_of_the_peers_configurations_are_disjoint_and_complete(monkeypatc
         ops.take_share(autotuner.Autotuner, number, PEER_SHARES)
         assert autotuner.Autotuner().prune_configs({}) == ["only"]
     assert sorted(itertools.chain(*pruned)) == list(range(6))
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """benchmarks/report.py over results of this test alone."""
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, path in (("RESULTS", ""), ("PAGE", "results.md"), ("IMAGES", "images")):
+        monkeypatch.setattr(module, name, tmp_path / path)
+    return module
+
+
+def test_the_page_shows_models_and_both_plots(report, session, tmp_path):
+    """Made from sessions' own files; a plot of other figures and a missing one are found."""
+    pytest.importorskip("matplotlib")
+    for name, options, table in (
+        ("ops_gpu", {"tokens": 32768}, summarise(found(gated_deltanet=3.0, mlp1_c64=4.0), 4.3)),
+        ("models_gpu", {"size": "340m", "step_tokens": 65536}, models_rows.summarise(SPEEDS, 65536)),
+    ):
+        run = session()
+        run.name, run.options, run.summary["table"] = name, options, table
+        run.save()
+    assert "stale" in _check(report)
+    report.main(check=False)
+    assert _check(report) is None
+    page = (tmp_path / "results.md").read_text()
+    assert "| lmm-f256 | 160.0 (0.80) | failed |" in page
+    assert "* lmm-f256 at 4,096: paper's ratio 0.80, at least 0.83: **missed**" in page
+    assert "* lmm-f256 at 8,192: failed: OutOfMemoryError: 140 GB" in page
+    assert page.count("](images/") == 2
+    record = json.loads((tmp_path / "ops_gpu.json").read_text())
+    record["summary"]["table"][0]["peak_gb"] = 2.0
+    (tmp_path / "ops_gpu.json").write_text(json.dumps(record))
+    assert _check(report) == "stale: ops_gpu.png, results.md; run python benchmarks/report.py"
+    (tmp_path / "ops_gpu.json").unlink()
+    (tmp_path / "images" / "models_gpu.png").unlink()
+    assert "models_gpu.png" in _check(report)
+
+
+def _check(report) -> str | None:
+    (report.PAGE).touch()
+    return report.main(check=True)
+
+
+def test_the_page_says_which_kernels_spill(report):
+    needs = {"warps": 4, "stages": 1, "registers": 255, "spill_bytes": 0, "shared_bytes": 2048}
+    kernels = {
+        "linear_write D64 C64 bf16": needs,
+        "linear_read D64 C64 bf16": needs | {"spill_bytes": 40, "registers": 9},
+        "mlp_write D64 F64 C64 bf16": {"error": "no"},
+    }
+    page = report.kernel_resources({"target": "sm_90a", "triton": "3.9.0", "kernels": kernels})
+    assert "| linear D64 C64 bf16 | 2 | 255 | linear_read 40 | 2 |" in page
+    assert "| mlp D64 F64 C64 bf16 | 1 | 0 | mlp_write does not compile | 0 |" in page
 
 
 @pytest.mark.gpu
