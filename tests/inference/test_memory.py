@@ -42,7 +42,7 @@ def assert_equal(one, other):
     assert one.sources == other.sources
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("first", [1, 23, 40])
 def test_a_saved_memory_goes_on_to_the_bit(tmp_path, variant, first, dtype):

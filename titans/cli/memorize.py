@@ -55,6 +55,8 @@ def run(arguments: Arguments) -> int:
 
     corpus = Corpus(arguments.sources, text_field=arguments.text_field, input_format=arguments.format)
     check_output_is_no_source(arguments.out, corpus)
+    if arguments.out.exists() and any(arguments.out.samefile(path) for path in corpus.files):
+        raise UserError(f"{arguments.out}: is one of the sources")
 
     from transformers.utils import logging as transformers_logging
 
@@ -104,9 +106,11 @@ def _memorize(arguments: Arguments, corpus: "Corpus") -> int:
 
 def _starting_point(arguments: Arguments) -> "tuple[MemoryFile | None, Path]":
     """The memory file to go on from: an unfinished `out`, else `from`, else none."""
-    from titans.inference.memory_file import read_memory
+    from titans.inference.memory_file import is_memory_file, read_memory
 
     out = arguments.out
+    if out.exists() and arguments.overwrite and not is_memory_file(out):
+        raise UserError(f"{out}: not a memory file: choose another name")
     if out.exists() and not arguments.overwrite:
         file = read_memory(out)
         reading = file.header.reading

@@ -149,6 +149,12 @@ def read_memory(path: Path) -> MemoryFile:
     return MemoryFile(header, {name: tensor.clone() for name, tensor in tensors.items()}, checksum)
 
 
+def is_memory_file(path: Path) -> bool:
+    """Whether the file at `path` is one, whole or damaged."""
+    with path.open("rb") as file:
+        return f'"{FORMAT}"'.encode() in file.read(200)  # safetensors puts the metadata first
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Be the only writer of the memory file `path`, among processes and within this one.
