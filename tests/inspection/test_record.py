@@ -184,6 +184,14 @@ def test_a_model_without_memory_is_refused(build, tokens):
         record(build("attention"), tokens(1, 9)[0])
 
 
+def test_a_loss_that_is_not_finite_is_named(build, tokens):
+    model, ids = build("lmm"), tokens(1, 9)[0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ids[4]] = float("nan")
+    with pytest.raises(UserError, match=r"the loss is not finite .* at token 1"):
+        record(model, ids)
+
+
 def test_nothing_is_left_behind(build, tokens):
     model, ids = build("mac"), tokens(1, 9)
     before = model(ids).logits

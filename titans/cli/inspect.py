@@ -121,6 +121,8 @@ def _check(arguments: Arguments) -> Path:
             f"{file}: expected a text file, {'got a folder' if file.is_dir() else 'no such file'}"
         )
     out = arguments.out
+    if out is None and arguments.file != "-" and not file.is_file():
+        raise UserError(f"{file}: not a regular file: say with --out where the page shall be")
     if out is None:
         out = Path("standard-input.html") if arguments.file == "-" else file.with_name(f"{file.name}.html")
     if out.is_dir() or not out.parent.is_dir():

@@ -48,7 +48,7 @@ class Dependence:
 
 
 class SpanAblation(MemoryWatch):
-    """theta in row 1 + i times `factors[i]` at the tokens of span i; its reads' distance from row 0's is kept.
+    """theta in row 1 + i times `factors[i]` at span i's tokens; how far its reads are from row 0's is kept.
 
     Decay and momentum go on: with factor 0, from the sum that a memory is, exactly the span's own gradients
     are missing.

@@ -19,11 +19,11 @@ from titans.inspection.record import Record
 from titans.inspection.tokens import visible
 
 SCRIPTS = ("data.js", "text.js", "charts.js", "page.js")
-# Values of one kind that a page may hold before neighbouring tokens share their mean: it stays below 45 MB.
+# Values of one kind that a page may hold before neighbouring tokens share their mean: it stays below 50 MB.
 # 24 blocks x 16 heads x 50,000 tokens are 19 million surprises.
 SURPRISE_BUDGET = 20_000_000
 GATE_BUDGET = 6_000_000
-DEPENDENCE_BUDGET = 4_000_000
+DEPENDENCE_BUDGET = 6_000_000
 
 Array = npt.NDArray[np.floating]
 

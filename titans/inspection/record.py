@@ -136,12 +136,14 @@ def record(
             if first in stops:
                 caches[first] = stream.fork().cache if first else start
             losses.append(stream.losses(ids[first:last], partial(_from, progress, first)))
+    assert set(recorder.read) == {tokens}, "a memory was written past the watch"
     loss = torch.cat(losses)
-    if not bool(torch.isfinite(loss).all()):
-        where = int((~torch.isfinite(loss)).nonzero()[0]) + 1
-        raise UserError(f"the loss is not finite (NaN or infinity) at token {where}")
     with FrozenMemory(model):
         frozen = Stream(model, start.detach()).losses(ids, partial(_from, progress, tokens))
+    for name, each in (("loss", loss), ("loss without writes", frozen)):
+        if not bool(torch.isfinite(each).all()):
+            where = int((~torch.isfinite(each)).nonzero()[0]) + 1
+            raise UserError(f"the {name} is not finite (NaN or infinity) at token {where}")
     return recorder.finish(loss.float().cpu().numpy(), frozen.float().cpu().numpy()), caches
 
 

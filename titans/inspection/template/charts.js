@@ -1,5 +1,5 @@
 // Curves over the stream on one shared axis, and the map of what depends on what.
-const LEFT = 46, RIGHT = 10, TOP = 6, BOTTOM = 18;
+const LEFT = 46, RIGHT = 10, TOP = 6, BOTTOM = 20;
 const charts = [];
 
 // Colours come from the style sheet, where light and dark are told apart; `makeColours` empties the map.
@@ -75,10 +75,10 @@ class Canvas {
       if (x < LEFT + 1) continue;
       pen.fillRect(Math.round(x), bottom, 1, 3);
       pen.textAlign = x > this.width - RIGHT - 20 ? "right" : "center";
-      pen.fillText(whole(tick), x, bottom + 14);
+      pen.fillText(whole(tick), x, bottom + 16);
     }
     pen.textAlign = "right";
-    pen.fillText("token", LEFT - 6, bottom + 14);
+    pen.fillText("token", LEFT - 6, bottom + 16);
   }
 
   // The lines in sight in the text, the cursor and what the pointer is on.

@@ -98,7 +98,7 @@ function showReadout() {
   const loss = token > 0 ? [series.loss.at(0, token - 1), series.frozenLoss.at(0, token - 1)] : null;
   byId("readout").replaceChildren(
     element("span", {}, `token ${whole(token)} `),
-    element("code", {}, shown === "" ? "(a byte of the character before)" : shown.replaceAll("\n", "↵")),
+    element("code", {}, shown === "" ? "(a byte of the character before)" : shown.replaceAll("\n", "↵").replaceAll(" ", "␣")),
     element("span", {}, ` surprise ${short(surpriseNow()[Math.floor(token / series.surprise.bin)])}`
       + (loss ? ` · loss ${loss[0].toFixed(2)}, without writes ${loss[1].toFixed(2)} nats` : "")),
   );
