@@ -8,7 +8,7 @@
 Beside the variants: the memory at depth 1 and 4, chunks of 64, bfloat16 autocast, and what happens when the
 bound on the inner step is moved (by default 0.1, 0.5, 0.1 and 0.02 at depth 1 to 4). A row that diverges is
 a result, too. Batches hold two sequences, so that a row takes minutes on one core. (Not a `bench_*.py`: those
-take seconds a row.) The matrix: every variant with a memory at depth 1 to 4, chunks of 16 and 64, fp32 and bf16.
+take seconds a row.) The matrix: every variant with a memory, depth 1 to 4, chunk 16 and 64, fp32 and bf16.
 """
 
 from __future__ import annotations

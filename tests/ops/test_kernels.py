@@ -12,6 +12,7 @@ import torch
 from titans.ops import MemorySpec, neural_memory
 from titans.ops.kernels import passes
 from titans.ops.kernels.plan import make_plan
+from titans.ops.kernels.support import EXPANSIONS, LINEAR_DIMS, MLP_CHUNKS, MLP_DIMS
 from titans.testing import evaluate, random_inputs, relative_error
 
 LINEAR = MemorySpec(dim=16, depth=1)
@@ -175,8 +176,12 @@ def test_the_plan_covers_every_chunk_once():
 
 
 ON_THE_CARD = {
-    **{f"linear {dim}": MemorySpec(dim=dim, depth=1) for dim in (32, 64, 128)},
-    **{f"mlp {d} x {e}": MemorySpec(dim=d, depth=2, expansion=e) for d in (64, 128) for e in (1, 2, 4)},
+    **{f"linear {dim}": MemorySpec(dim=dim, depth=1) for dim in LINEAR_DIMS},
+    **{
+        f"mlp {dim} x {expansion}": MemorySpec(dim=dim, depth=2, expansion=expansion)
+        for dim in MLP_DIMS
+        for expansion in EXPANSIONS
+    },
 }
 
 
@@ -186,6 +191,8 @@ ON_THE_CARD = {
 def test_error_budget_in_bf16(case, chunk_size):
     """The contract's ceilings, every configuration that can be chosen. T = 70: with chunks of 16 and random
     tokens the dynamics turn chaotic later, in any precision."""
+    if ON_THE_CARD[case].depth == 2 and chunk_size not in MLP_CHUNKS:
+        pytest.skip("refused, see support.py")
     inputs = random_inputs(ON_THE_CARD[case], tokens=70, chunk_size=chunk_size, forget=0.02, step=0.1)
     worst, output = worst_error(inputs, torch.bfloat16, "cuda")
     assert output < 5e-3

@@ -5,6 +5,7 @@ Shape suffixes: B rows, T tokens, H heads, L memory layers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -124,9 +125,9 @@ class MemoryGates(FullPrecision):
         """Shares of the largest step -> theta."""
         if len(set(self.max_steps)) == 1:
             return share * self.max_steps[0]
-        if len(self.shape) == 1:  # one gate for all memory layers, each with a bound of its own
-            share = share.unsqueeze(-1)
-        return share * torch.tensor(self.max_steps, dtype=share.dtype, device=share.device)
+        # One gate for all memory layers, each with a bound of its own; no tensor is sent to the device.
+        shares = share.unbind(-1) if len(self.shape) > 1 else [share] * len(self.max_steps)
+        return torch.stack([one * step for one, step in zip(shares, self.max_steps, strict=True)], dim=-1)
 
     def _step(self, logit: Tensor) -> Tensor:
         share = torch.sigmoid(logit)
@@ -140,4 +141,4 @@ class MemoryGates(FullPrecision):
 
 
 def _logit(probability: float) -> float:
-    return float(torch.logit(torch.tensor(probability, dtype=torch.float64)))
+    return math.log(probability / (1 - probability))

@@ -199,7 +199,12 @@ def run_operator(
     momentum = list(state.momentum) if log_momentum is not None else []
     theta = with_layers(theta)
     log_momentum = None if log_momentum is None else with_layers(log_momentum)
-    lists = [*decays, *state.weights, *momentum, *state.anchor]
+    # At a chunk's start the anchor may be the weights themselves; torch.compile wants different tensors.
+    anchor = [
+        old.view_as(old) if old is weight else old
+        for old, weight in zip(state.anchor, state.weights, strict=True)
+    ]
+    lists = [*decays, *state.weights, *momentum, *anchor]
     tensors = [q, k, v, theta, *lists, log_momentum, norm_weight, norm_bias]
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     channelwise = isinstance(log_decay, tuple)
@@ -217,8 +222,8 @@ def run_operator(
         *(name, settings, lengths, keep, q, k, v, theta, log_momentum, state.position),
         *(norm_weight, norm_bias, cu_seqlens, *lists),
     )
-    weights, new_momentum, anchor = _split(states, lengths[1:])
+    weights, new_momentum, new_anchor = _split(states, lengths[1:])
     tokens = q.shape[1] if cu_seqlens is None else cu_seqlens.diff()
     position = ((state.position + tokens) % chunk_size).to(torch.int32)
     kept_momentum = tuple(new_momentum) if momentum else state.momentum
-    return output, MemoryState(tuple(weights), kept_momentum, tuple(anchor), position)
+    return output, MemoryState(tuple(weights), kept_momentum, tuple(new_anchor), position)

@@ -22,6 +22,9 @@ ROWS = tl.constexpr(8)
 
 NORM_EPS = tl.constexpr(1e-6)
 
+# Arguments that change with lengths and batches: Triton would compile anew for 1 and for multiples of 16.
+SIZES = ["num_rows", "group_start", "group_end", "stride"]
+
 
 @triton.jit
 def row_of(table, row, num_rows):

@@ -22,6 +22,7 @@ from titans.ops.kernels.functions import (
     LOG_DECAY,
     LOG_MOMENTUM,
     ROWS,
+    SIZES,
     THETA,
     compose,
     products,
@@ -36,7 +37,7 @@ GRAD_COLUMN = tl.constexpr(2)  # column sums of X
 GRAD_ROWS = tl.constexpr(3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gate_vectors(
     theta, log_decay, log_momentum, vectors, table, cell_row,
     num_rows, group_start, stride,

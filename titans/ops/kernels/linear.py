@@ -24,6 +24,7 @@ from titans.ops.kernels.functions import (
     LAST_S,
     LAST_W,
     ROWS,
+    SIZES,
     THETA,
     chunks_of_group,
     matmul,
@@ -40,7 +41,7 @@ from titans.ops.kernels.gates import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def linear_write(
     k, v, vectors, table, W_state, S_state, first_anchor, end_anchor, W_start, S_start, G_out,
     num_rows, group_start, group_end, stride,
@@ -101,7 +102,7 @@ def linear_write(
         tl.store(S_state + state + tile_DV, S_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def linear_read(
     q, k, y, vectors, table, cell_row, W_start, S_start, G_in,
     num_rows, group_start, stride,
@@ -142,7 +143,7 @@ def linear_read(
     tl.store(y + at_CV, Y_CV.to(y.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def linear_read_backward(
     q, k, grad_y, grad_q, grad_k, vectors, table, cell_row, W_start, S_start, G_in,
     grad_G, grad_W, grad_S, gate_parts,
@@ -217,7 +218,7 @@ def linear_read_backward(
     read_gate_gradients(grad_mix_CC, grad_feed, grad_row, gates, parts, real, C, MOMENTUM, EXACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def linear_write_backward(
     k, vectors, table, grad_W_state, grad_S_state, grad_first_anchor, grad_end_anchor,
     grad_G, grad_W, grad_S, grad_W_end, grad_S_end, grad_v,
@@ -288,7 +289,7 @@ def linear_write_backward(
         tl.store(grad_S_state + state + tile_DV, dS_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def linear_finish(
     k, grad_k, vectors, table, cell_row, W_start, S_start, G_in, grad_G, grad_W_end, grad_S_end, gate_parts,
     grad_theta, grad_log_decay, grad_log_momentum,

@@ -16,6 +16,7 @@ from titans.ops.kernels.functions import (
     LAST_S,
     LAST_W,
     ROWS,
+    SIZES,
     THETA,
     act,
     act_curvature,
@@ -40,7 +41,7 @@ from titans.ops.kernels.gates import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mlp_read_backward_2(
     q, k, grad_y, gain, vectors1, vectors2, table, cell_row, W1_start, S1_start, W2_start, S2_start,
     Z1_in, G1_in, G2_in, grad_Z2, mixed1_out, mixed2_out, grad_scores2, gate_parts2, grad_gain, grad_bias,
@@ -124,7 +125,7 @@ def mlp_read_backward_2(
     read_gate_gradients(grad_mix_CC, grad_feed, grad_row, gates2, parts, real, C, MOMENTUM, EXACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mlp_read_backward_1(
     q, k, grad_y, grad_q, vectors1, vectors2, table, cell_row, W1_start, S1_start, W2_start, S2_start,
     Z1_in, G1_in, grad_Z2, mixed1_in, mixed2_in, grad_scores2,
@@ -230,7 +231,7 @@ def mlp_read_backward_1(
     read_gate_gradients(grad_mix_CC, grad_feed, grad_row, gates1, parts, real, C, MOMENTUM, EXACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mlp_write_backward(
     k, gain, vectors1, vectors2, table, dW1_state, dS1_state, dW2_state, dS2_state,
     grad_first1, grad_first2, grad_end1, grad_end2, W2_start, Z1_in, G2_in, normed_in, GN_in, rstd_in,
@@ -363,7 +364,7 @@ def mlp_write_backward(
         tl.store(dS2_state + state + tile, dS2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mlp_finish(
     k, v, gain, bias, grad_k, grad_v, vectors1, vectors2, table, cell_row,
     W1_start, S1_start, W2_start, S2_start, Z1_in, G1_in, G2_in, normed_in, rstd_in,

@@ -23,6 +23,7 @@ from titans.ops.kernels.functions import (
     LAST_S,
     LAST_W,
     ROWS,
+    SIZES,
     THETA,
     act,
     act_slope,
@@ -38,7 +39,7 @@ from titans.ops.kernels.functions import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mlp_write(
     k, v, gain, bias, vectors1, vectors2, table, W1_state, S1_state, W2_state, S2_state,
     first1, first2, end1, end2, W1_start, S1_start, W2_start, S2_start, Z1_out, G1_out, G2_out, normed_out,
@@ -148,7 +149,7 @@ def mlp_write(
         tl.store(S2_state + state + tile, S2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mlp_read(
     q, k, y, gain, bias, vectors1, vectors2, table, cell_row, W1_start, S1_start, W2_start, S2_start,
     Z1_in, G1_in, G2_in,

@@ -154,7 +154,8 @@ class MLPGroup:
             call.q, call.k, grad_output, call.gain, *self._vectors, *self._tables, *self.states,
             self.Z1, self.G1, self.G2, grad_Z2, mixed1, mixed2, grad_scores2, parts[1], *affine,
             *self._parallel(), *self._sizes(READ_BACKWARD_2.block),
-            call.spec.norm, call.momentum, shared, call.exact, call.precision, **self._options(READ_BACKWARD_2),
+            call.spec.norm, call.momentum, shared, call.exact, call.precision,
+            **self._options(READ_BACKWARD_2),
         )  # fmt: skip
         grad_K = call.scratch(cells, H, D, C)
         grad_H, grad_G1, grad_G2 = (

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans.ops.kernels.functions import row_of
+from titans.ops.kernels.functions import SIZES, row_of
 
 Tensors = list[Tensor]
 
@@ -39,7 +39,7 @@ def offsets(
     return ours, user, element < D * F
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def states_in(
     weights, momentum, anchor, W, S, first, end, table,
     num_rows, weights_row, weights_head, momentum_row, momentum_head, anchor_row, anchor_head,
@@ -62,7 +62,7 @@ def states_in(
         tl.store(S + ours, tl.load(momentum + of_momentum + user, mask=real), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def states_out(
     W, S, end, weights, momentum, anchor, table, num_rows,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, FLIP: tl.constexpr,
@@ -81,7 +81,7 @@ def states_out(
             tl.store(momentum + user, tl.load(S + ours, mask=real), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradients_in(
     weights, momentum, anchor, dW, dS, d_first, d_end, table, num_rows,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, FLIP: tl.constexpr,
@@ -102,13 +102,13 @@ def gradients_in(
         tl.store(dS + ours, tl.load(momentum + user, mask=real), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradients_out(
     dW, dS, d_first, d_end, grad_anchor, weights, momentum, anchor, table, num_rows,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, FLIP: tl.constexpr,
     MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the given state. The first chunk's anchor is a fresh row's weights, else the given anchor."""
+    """Gradients of the given state: the first chunk's anchor is a fresh row's weights, else the anchor."""
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     fresh, empty, _, one_chunk = marks_of(table, row, num_rows, C)
     ours, user, real = offsets(row, head, H, D, F, FLIP, BLOCK)
