@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from titans.inference.graph import StepGraph, keeps_its_shape
 from titans.models import TitansCache, TitansForCausalLM
 from titans.models.state import compact
 from titans.nn import at_least_fp32
@@ -37,6 +38,7 @@ class Stream:
         cache: what an earlier stream has read, one row; it is taken over and changes. None starts anew.
         logits: those after the last token of `cache`, `[V]`; None where nobody needs them.
         piece: tokens per forward pass: speed and memory, not the answer. None: 1,024, on a GPU 16,384.
+        graph: on a GPU, take steps by a CUDA graph as soon as the state keeps its shape (see `StepGraph`).
 
     Attributes:
         logits: `[V]`, the prediction of the next token; None before the first.
@@ -50,6 +52,7 @@ class Stream:
         *,
         logits: Tensor | None = None,
         piece: int | None = None,
+        graph: bool = False,
     ) -> None:
         if piece is None:
             piece = PIECE if model.device.type == "cpu" else GPU_PIECE
@@ -62,6 +65,9 @@ class Stream:
         self.logits = logits
         self.tokens_read = 0 if cache is None else cache.seen
         self._cache = cache
+        self._by_graph = graph and isinstance(model, TitansForCausalLM)
+        self._graph: StepGraph | None = None
+        self._in_graph = False  # the state is in the graph's buffers, ahead of the cache
 
     @property
     def cache(self) -> TitansCache:
@@ -70,6 +76,7 @@ class Stream:
             raise ValueError(
                 f"expected a Titans model that has read something, got {type(self._cache).__name__}"
             )
+        self._leave_graph()
         return self._cache
 
     def fork(self) -> Stream:
@@ -78,8 +85,9 @@ class Stream:
         It costs nothing: states are replaced, never changed, so the two share theirs until they read.
         """
         if not self.tokens_read:
-            return Stream(self.model, piece=self.piece)
-        return Stream(self.model, self.cache.detach(), logits=self.logits, piece=self.piece)
+            return Stream(self.model, piece=self.piece, graph=self._by_graph)
+        cache = self.cache.detach()
+        return Stream(self.model, cache, logits=self.logits, piece=self.piece, graph=self._by_graph)
 
     @torch.inference_mode()
     def read(self, ids: Tensor, progress: Progress = lambda read: None) -> Tensor:
@@ -115,11 +123,37 @@ class Stream:
     def step(self, token: int | Tensor) -> Tensor:
         """Read one token, as when decoding; the logits `[V]` after it."""
         ids = torch.as_tensor(token, device=self.model.device).view(1)
+        self.logits = self._graph_step(ids) if self._by_graph else self._plain_step(ids)
+        self.tokens_read += 1
+        return self.logits
+
+    def _plain_step(self, ids: Tensor) -> Tensor:
         out = self._forward(self.model, ids, logits_to_keep=1)
         self._cache = out.past_key_values
-        self.tokens_read += 1
-        self.logits = out.logits[0, -1]
-        return self.logits
+        return out.logits[0, -1]
+
+    def _graph_step(self, ids: Tensor) -> Tensor:
+        """By the graph; where there is none yet, a plain step, which shows whether there can be one."""
+        if self._in_graph:
+            assert self._graph is not None
+            return self._graph.step(ids)
+        before = list(self._cache.states) if self._cache is not None else []
+        logits = self._plain_step(ids)
+        after = self.cache.states
+        if keeps_its_shape(before, after):
+            if self._graph is None or not self._graph.fits(after):
+                self._graph = StepGraph(self.model, after)
+            self._graph.load(after)
+            self._in_graph = True
+        return logits
+
+    def _leave_graph(self) -> None:
+        """Bring the cache up to where the graph's steps have come."""
+        if self._in_graph:
+            assert self._graph is not None
+            assert self._cache is not None
+            self._cache.states, self._cache.seen = self._graph.states(), self.tokens_read
+            self._in_graph = False
 
     def _pieces(self, ids: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Each piece on the model's device, and the tokens up to its end."""
@@ -131,6 +165,7 @@ class Stream:
             yield piece.to(self.model.device), read
 
     def _forward(self, module: torch.nn.Module, ids: Tensor, **options: int) -> Any:
+        self._leave_graph()
         return module(input_ids=ids[None], past_key_values=self._cache, use_cache=True, **options)
 
     def _advance(self, out: Any, tokens: int, logits: Tensor) -> None:
