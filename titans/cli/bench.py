@@ -75,15 +75,33 @@ class ModelsArguments(Arguments):
     """torch.compile every block."""
 
 
+@dataclass(frozen=True)
+class StreamArguments(Arguments):
+    """Time reading and decoding at positions up to millions of tokens, with what they hold in memory.
+
+    Results go into stream_gpu.json, those of --device cpu (two threads) into stream_cpu.json. Nothing is
+    compiled beforehand: --compile-jobs has no effect.
+    Example: titans bench stream --rows lmm attention --sizes 170m
+    """
+
+    sizes: tuple[str, ...] = ()
+    """Named sizes of titans.models; none: 170m and 340m, on a CPU two layers of width 256."""
+    lengths: tuple[int, ...] = ()
+    """Tokens read before; none: from 1K to 2M (and 10M once), on a CPU 10K, 100K and 1M."""
+    batches: tuple[int, ...] = (1, 64)
+    """Streams that decode together."""
+
+
 Kinds = (
     Annotated[OpsArguments, tyro.conf.subcommand("ops")]
     | Annotated[ModelsArguments, tyro.conf.subcommand("models")]
+    | Annotated[StreamArguments, tyro.conf.subcommand("stream")]
 )
 
 
 def parse(argv: list[str]) -> Arguments:
     """The kind of benchmark and its options; one of the other kind is answered with whose it is."""
-    own = {"ops": OpsArguments, "models": ModelsArguments}
+    own = {"ops": OpsArguments, "models": ModelsArguments, "stream": StreamArguments}
     for word in argv[1:] if argv and argv[0] in own else []:
         option = word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
         for kind, other in own.items():
@@ -102,6 +120,8 @@ def run(arguments: Arguments) -> int:
         raise UserError(f"--budget {arguments.budget:g}: expected more than 0 seconds")
     if isinstance(arguments, ModelsArguments):
         return _models(arguments)
+    if isinstance(arguments, StreamArguments):
+        return _stream(arguments)
     assert isinstance(arguments, OpsArguments)
     return _ops(arguments)
 
@@ -151,6 +171,34 @@ def _models(arguments: ModelsArguments) -> int:
     return _finish(session, title, *models_rows.table(session.summary["table"]))
 
 
+def _stream(arguments: StreamArguments) -> int:
+    from titans.benchmark import stream_rows
+
+    rows = _rows(arguments, stream_rows.ROWS)
+    for option in ("lengths", "batches"):
+        if any(number < 1 for number in getattr(arguments, option)):
+            raise UserError(f"--{option} {getattr(arguments, option)}: expected numbers of 1 or more")
+
+    from titans.models import SIZES
+
+    for size in arguments.sizes:
+        if size not in SIZES:
+            raise unknown_name("model size", size, SIZES)
+    on_gpu = arguments.device == "cuda"
+    small = () if on_gpu or arguments.sizes else tuple(stream_rows.CPU_MODEL.items())
+    plan = stream_rows.Plan(
+        arguments.device,
+        arguments.sizes or (("170m", "340m") if on_gpu else ("tiny",)),
+        arguments.lengths or (stream_rows.LENGTHS if on_gpu else stream_rows.CPU_LENGTHS),
+        arguments.batches,
+        small,
+    )
+    session = _session("stream", arguments, rows, stream_rows.WORKLOADS, cpu_file="cpu", cpu_threads=2)
+    stream_rows.measure(session, plan, rows)
+    title = f"streams, {'bfloat16' if on_gpu else 'float32'}, random weights, by tokens read"
+    return _finish(session, title, *stream_rows.table(session.summary["table"]))
+
+
 def _rows(arguments: Arguments, known: Collection[str]) -> tuple[str, ...]:
     for name in arguments.rows:
         if name not in known:
@@ -166,8 +214,15 @@ def _heads(word: str) -> tuple[int, int]:
     return int(heads), int(dim)
 
 
-def _session(kind: str, arguments: Arguments, rows: tuple[str, ...], workloads: Path) -> Session:
-    """Times of a CPU are kept apart: ops_check.json, models_check.json."""
+def _session(
+    kind: str,
+    arguments: Arguments,
+    rows: tuple[str, ...],
+    workloads: Path,
+    cpu_file: str = "check",
+    cpu_threads: int = 1,
+) -> Session:
+    """Times of a CPU are kept apart: ops_check.json, models_check.json, stream_cpu.json."""
     import torch
 
     from titans.benchmark.harness import Session
@@ -176,10 +231,10 @@ def _session(kind: str, arguments: Arguments, rows: tuple[str, ...], workloads: 
         raise UserError("--device cuda: PyTorch sees no GPU here (--device cpu measures at small sizes)")
     options = asdict(arguments) | {"rows": rows}
     return Session(
-        f"{kind}_{'gpu' if arguments.device == 'cuda' else 'check'}",
+        f"{kind}_{'gpu' if arguments.device == 'cuda' else cpu_file}",
         workloads,
         {name: value for name, value in options.items() if name not in ("output", "commit", "resume")},
-        threads=1,
+        threads=1 if arguments.device == "cuda" else cpu_threads,
         command=_command(kind, arguments),
         commit=arguments.commit,
         output=arguments.output,
