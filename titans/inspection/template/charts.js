@@ -208,7 +208,7 @@ class DependenceMap extends Canvas {
     this.list = byId(list);
     this.rows = [...data.spans, [0, total]];
     this.control = data.spans.length;
-    this.row = Math.max(7, Math.min(18, Math.floor(300 / this.rows.length)));
+    this.row = Math.max(7, Math.min(17, Math.floor(285 / this.rows.length)));
     this.canvas.style.height = `${this.row * this.rows.length + BOTTOM}px`;
     this.list.style.setProperty("--row", `${this.row}px`);
     this.bars = this.rows.map(([first, last], span) => {
