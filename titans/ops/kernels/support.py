@@ -9,9 +9,9 @@ import torch
 
 from titans.ops.spec import MemorySpec
 
-# What was checked on a card (H200, Triton 3.6). Two layers: 128 wide heads and chunks of 32 compile and agree in
-# the interpreter, but have not run on one since the hidden width was split; heads of 32 end in illegal memory
-# accesses there (docs/decisions.md, "Kernels"). The interpreter takes all of these and 16, for small tests.
+# What was checked on a card (H200, Triton 3.6). Two layers: heads of 128 and chunks of 32 compile, and agree
+# in the interpreter, but have not run on one since the hidden width was split; heads of 32 end in illegal
+# memory accesses there (docs/decisions.md, "Kernels"). The interpreter takes all of these and 16, for tests.
 LINEAR_DIMS: tuple[int, ...] = (32, 64, 128)
 MLP_DIMS: tuple[int, ...] = (64,)
 STEP_DIMS: tuple[int, ...] = (64, 128)
