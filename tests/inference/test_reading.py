@@ -45,8 +45,25 @@ def test_units_are_the_text_and_not_longer_than_they_may(text, unit):
 
 def test_units_end_where_tokens_do():
     assert list(cut("one two\nthree four\nfive", 12)) == ["one two\n", "three four\n", "five"]
+    # "\n\n" at the end of a text may be one token, which before a word it is not.
+    assert list(cut("one\ntwo\n\nthree", 10)) == ["one\n", "two\n\nthree"]
+    assert list(cut("one\n\ntwo three", 9)) == ["one\n\n", "two three"]
     assert list(cut("one two three four", 9)) == ["one two", " three", " four"]
     assert list(cut("abcdefghij", 4)) == ["abcd", "efgh", "ij"]
+
+
+def test_cuts_at_lines_change_no_tokens():
+    """Of a byte-level BPE with GPT-2's rules: paragraphs, indented lines, windows of every length."""
+    encode = TextEncoder(word_tokenizer())
+    text = "".join(
+        f"line {n}\n" + ("\n" if n % 3 == 0 else "") + ("    indented\n" if n % 4 == 0 else "")
+        for n in range(40)
+    )
+    whole = encode([text])[0].tolist()
+    for unit in range(40, 90):
+        parts = list(cut(text, unit))
+        assert len(parts) > 4
+        assert [token for ids in encode(parts) for token in ids.tolist()] == whole
 
 
 def test_all_sources_are_one_stream(folder, tmp_path):

@@ -13,7 +13,6 @@ from transformers.generation.logits_process import (
 )
 
 from titans.errors import UserError
-from titans.inference.stream import PIECE as PIECE
 from titans.inference.stream import Stream
 
 

@@ -8,18 +8,28 @@ UNIT = 1 << 16
 def cut(text: str, unit: int = UNIT) -> Iterator[str]:
     """`text` in parts of at most `unit` characters; together they are the text.
 
-    A part ends after the last line's end within reach, else before the last space, else wherever it is full.
-    Most tokenizers never join characters across the first two; bytes are not changed by any cut.
+    A part ends after the last line's end within reach, better one between two characters that are no white
+    space; else before the last space; else where it is full. Most tokenizers never join characters across a
+    single line's end, and put a space into the token of the next word. Bytes are not changed by any cut.
     """
     start = 0
     while len(text) - start > unit:
-        end = text.rfind("\n", start, start + unit) + 1
-        if not end:
-            # Before the space: byte-level tokenizers and SentencePiece make it part of the next word.
-            end = text.rfind(" ", start + 1, start + unit)
+        last = start + unit
+        # Before the space; not at the very start, where the part would be empty.
+        end = _line_end(text, start, last) or text.rfind(" ", start + 1, last)
         if end <= start:
-            end = start + unit
+            end = last
         yield text[start:end]
         start = end
     if start < len(text):
         yield text[start:]
+
+
+def _line_end(text: str, start: int, last: int) -> int:
+    """The place behind the line's end to cut at, or 0."""
+    any_end = end = text.rfind("\n", start, last) + 1
+    while end > start + 1:
+        if not text[end - 2].isspace() and not text[end].isspace():
+            return end
+        end = text.rfind("\n", start, end - 1) + 1
+    return any_end
