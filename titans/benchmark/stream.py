@@ -31,7 +31,9 @@ class Prefill:
         self.tokens, self.piece = settings["tokens"], settings.get("piece")
         self.ids = _tokens(self.model, self.tokens)
         self.facts = {"parameters": sum(parameter.numel() for parameter in self.model.parameters())}
-        Stream(self.model, piece=self.piece).read(self.ids[:4096])  # warms up; the state is thrown away
+        if self.model.device.type == "cuda":
+            # Kernels are loaded. (On a CPU it would hide memory: what a process has freed stays resident.)
+            Stream(self.model, piece=self.piece).read(self.ids[:4096])
 
     def __call__(self) -> None:
         stream = Stream(self.model, piece=self.piece)

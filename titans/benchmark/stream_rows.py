@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ Found = dict[Key, Measurement | RowFailed]
 
 
 def measure(session: Session, plan: Plan, names: Sequence[str]) -> None:
-    """One process measures everything; saved, with the summary, after each row."""
+    """One process measures everything; saved, with the summary, after each row.
+
+    On a CPU a process for each model and position: there, peak memory is that of the process.
+    """
     # Size by size: the targets are those of the first.
     jobs = sorted(
         (job for name in names for job in plan.jobs(name)),
@@ -97,7 +101,10 @@ def measure(session: Session, plan: Plan, names: Sequence[str]) -> None:
     )
     found: Found = {}
     progress = Progress(names=[f"{job.name} {job.settings['size']}" for job in jobs])
-    for job, result in session.measure_each(jobs):
+    together = [jobs]
+    if plan.device == "cpu":
+        together = [list(some) for _, some in groupby(jobs, lambda job: (job.name, job.settings["tokens"]))]
+    for job, result in chain.from_iterable(map(session.measure_each, together)):
         settings = job.settings
         what = job.workload.removeprefix("attention_")
         found[job.name, settings["size"], what, settings.get("batch", 0), settings["tokens"]] = result
