@@ -24,12 +24,12 @@ def checkpoint(folder: Path, variant: str = "mac", seed: int = 0, dtype: torch.d
 
 @functools.cache
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 300 ids without <bos>, trained on `TEXT`."""
+    """A byte-level BPE of 300 ids without <bos>, trained on `TEXT`; two line ends are one token of it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    backend.train_from_iterator([TEXT], trainer)
+    backend.train_from_iterator([TEXT, *["\n\n"] * 100], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend)
