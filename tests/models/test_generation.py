@@ -88,6 +88,31 @@ def test_generation_goes_on_from_a_cache(variant, build, tokens):
 
 
 @torch.no_grad()
+def test_two_calls_are_one(variant, build, tokens):
+    """The cache that a call hands back, and the whole text so far with its mask: only what is new is read."""
+    model, (ids, mask) = build(variant), left_padded(tokens(2, 9))
+    options = {"do_sample": False, "eos_token_id": None}
+    whole = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, **options)
+    first = model.generate(
+        ids, attention_mask=mask, max_new_tokens=5, return_dict_in_generate=True, **options
+    )
+    read = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    second = model.generate(
+        first.sequences,
+        attention_mask=torch.cat([mask, torch.ones(2, 5, dtype=mask.dtype)], dim=1),
+        past_key_values=first.past_key_values,
+        max_new_tokens=NEW - 5,
+        **options,
+    )
+    hook.remove()
+    assert torch.equal(second, whole)
+    assert set(read) == {1}  # the last token of the first call, which nobody had read, and the new ones
+
+
+@torch.no_grad()
 def test_reordering_moves_rows_and_leaves_the_old_states_alone(variant, build, tokens):
     """States are replaced, never changed in place: a beam that is dropped must not spoil its siblings."""
     model, ids, piece = build(variant), tokens(3, 11), tokens(1, 4, seed=5)
