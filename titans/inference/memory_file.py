@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from titans.errors import UserError
+from titans.files import replace_file
 
 FORMAT = "titans-memory"
 VERSION = 1
@@ -95,18 +96,8 @@ def write_memory(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> i
     data = bytearray(safetensors.torch.save(contents, metadata={FORMAT: described}))
     place = _checksum_place(data, _NO_CHECKSUM)
     data[place] = hashlib.sha256(data).hexdigest().encode()
-    temporary = path.with_name(f".{path.name}.saving")
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        replace_file(path, data)
     except OSError as error:
         kept = "the file that was there before is as it was" if path.exists() else "no file was made"
         raise UserError(f"{path}: cannot be written: {error.strerror or error}; {kept}") from error
@@ -243,11 +234,3 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor], consequence: str) -
             raise UserError(
                 f"{path}: {name} holds values that are not finite (NaN or infinity): {consequence}"
             )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,12 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from titans.errors import UserError
+from titans.files import replace_file, sync
 from titans.training.recipe import Recipe
 
 RECIPE_NAME = "recipe.json"
@@ -55,10 +55,10 @@ def publish(staged: Path, final: Path) -> None:
     """
     for path in sorted(staged.rglob("*")):
         if path.is_file():
-            _sync(path)
-    _sync(staged)
+            sync(path)
+    sync(staged)
     os.rename(staged, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -76,11 +76,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``: a reader, or a crash, meets the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.saving")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    replace_file(path, text.encode())
 
 
 def provenance(recipe: Recipe) -> dict[str, Any]:
@@ -135,18 +131,3 @@ def _commit() -> str | None:
         )
         return described.stdout.strip()
     return None
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or, for its entries, a folder."""
-    with _descriptor(path) as descriptor:
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _descriptor(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
