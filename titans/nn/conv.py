@@ -5,12 +5,16 @@ Shape suffixes: B rows, T tokens, C channels, W width of the kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from titans.nn.rows import Rows
+
+# (x `[B, T, C]`, tail `[B, W - 1, C]`, weight `[C, W]`) -> `[B, T, ...]`
+Convolve = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ShortConv(nn.Module):
@@ -34,33 +38,31 @@ class ShortConv(nn.Module):
         """Zeros `[B, W - 1, C]`."""
         return self.weight.new_zeros(batch, self.width - 1, self.channels)
 
-    def forward(self, x: Tensor, tail: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
-        """x `[B, T, C]` or packed `[1, total, C]` with `rows`; returns the same shape and the new tail."""
-        tail = tail.to(x.dtype)
-        if rows is None:
-            padded_BTC = torch.cat([tail, x], dim=1)
-            return self._convolve(padded_BTC), padded_BTC[:, x.shape[1] :]
-        # Every row's tail goes in front of its tokens: one stream, no padding, nothing crosses rows.
-        lead = self.width - 1
-        source: list[int] = []
-        outputs: list[int] = []
-        tails: list[int] = []
-        offset = 0
-        for row, (start, length) in enumerate(zip(rows.starts, rows.lengths, strict=True)):
-            source += range(row * lead, (row + 1) * lead)
-            source += range(len(rows) * lead + start, len(rows) * lead + start + length)
-            outputs += range(offset, offset + length)
-            tails += range(offset + length, offset + length + lead)
-            offset += lead + length
-        both = torch.cat([tail.flatten(0, 1), x[0]])
-        stream_1TC = both.index_select(0, torch.tensor(source, dtype=torch.long, device=x.device))[None]
-        y = self._convolve(stream_1TC).index_select(
-            1, torch.tensor(outputs, dtype=torch.long, device=x.device)
-        )
-        new_tail = stream_1TC[0].index_select(0, torch.tensor(tails, dtype=torch.long, device=x.device))
-        return y, new_tail.view(len(rows), lead, self.channels)
+    def forward(
+        self, x: Tensor, tail: Tensor, rows: Rows | None = None, convolve: Convolve | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x `[B, T, C]` or packed `[1, total, C]` with `rows`; returns the same shape and the new tail.
 
-    def _convolve(self, padded_BTC: Tensor) -> Tensor:
-        tokens = padded_BTC.shape[1] - self.width + 1
-        terms = (padded_BTC[:, i : i + tokens] * self.weight[:, i] for i in range(self.width))
-        return reduce(torch.add, terms)
+        convolve: what runs in place of the plain convolution; its result may have other dimensions after T.
+        """
+        run = _convolve if convolve is None else convolve
+        tail = tail.to(x.dtype)
+        lead = self.width - 1
+        if rows is None:
+            # Not a view of all of x, which would stay alive in a streaming state.
+            end = torch.cat([tail, x[:, max(0, x.shape[1] - lead) :]], dim=1)
+            return run(x, tail, self.weight), end[:, end.shape[1] - lead :]
+        # Every row's tail goes in front of its tokens: one stream, no padding, nothing crosses rows.
+        order = rows.after_tails(lead)
+        stream_1TC = torch.cat([tail.flatten(0, 1), x[0]]).index_select(0, order.stream)[None]
+        y = run(stream_1TC[:, lead:], stream_1TC[:, :lead], self.weight)
+        new_tail = stream_1TC[0].index_select(0, order.ends)
+        return y.index_select(1, order.tokens), new_tail.view(len(rows), lead, self.channels)
+
+
+def _convolve(x_BTC: Tensor, tail_BTC: Tensor, weight_CW: Tensor) -> Tensor:
+    padded_BTC = torch.cat([tail_BTC, x_BTC], dim=1)
+    tokens = x_BTC.shape[1]
+    terms = (padded_BTC[:, i : i + tokens] * weight_CW[:, i] for i in range(weight_CW.shape[1]))
+    # Under autocast the sum is wider than the stream; what follows goes on in the stream's dtype.
+    return reduce(torch.add, terms).to(x_BTC.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.nn.conv import ShortConv
+from titans.nn.fusion import conv_silu, norm_gate, runs_fused
 from titans.nn.gates import Gates, GateSpec, MemoryGates
 from titans.nn.norms import RMSNorm, l2_normalize
 from titans.nn.precision import FullPrecision, at_least_fp32
 from titans.nn.rows import Rows
 from titans.ops import MemorySpec, MemoryState, neural_memory, read_memory
+from titans.ops.api import Implementation
 
 
 @dataclass(frozen=True)
@@ -154,12 +157,21 @@ class MemoryCore(nn.Module):
 
     MAC reads one stream and writes another with the same projections, so the steps are methods of their
     own: `project_query`, `project_write`, `read`, `write`.
+
+    impl: as in `neural_memory`. "triton" also runs the fused kernels around the memory, or raises ValueError
+    at the first call; "auto" does not take those yet, because they have never run on a card
+    (`fusion.FUSED_BY_DEFAULT`). It is how to compute, no part of the model; change it at any time:
+
+        for module in model.modules():
+            if isinstance(module, MemoryCore):
+                module.impl = "triton"
     """
 
-    def __init__(self, spec: NeuralMemorySpec) -> None:
+    def __init__(self, spec: NeuralMemorySpec, impl: Implementation = "auto") -> None:
         super().__init__()
         size = spec.hidden_size
         self.spec = spec
+        self.impl = impl
         self.q_proj = nn.Linear(size, size, bias=False)
         self.k_proj = nn.Linear(size, size, bias=False)
         self.v_proj = nn.Linear(size, size, bias=False)
@@ -193,19 +205,16 @@ class MemoryCore(nn.Module):
 
     def project_query(self, x: Tensor, tail: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
         """Queries `[B, T, H, D]` of unit length and the convolution's new tail."""
-        q, tail = self.q_conv(self.q_proj(x), tail, rows)
-        return l2_normalize(self._heads(F.silu(q))), tail
+        return self._to_heads(self.q_conv, self.q_proj(x), tail, rows, unit=True)
 
     def project_write(
         self, x: Tensor, state: NeuralMemoryState, rows: Rows | None = None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], NeuralMemoryState]:
         """(q, k, v), each `[B, T, H, D]`, and the state with its tails moved on."""
         q, query_tail = self.project_query(x, state.query_tail, rows)
-        k, key_tail = self.k_conv(self.k_proj(x), state.key_tail, rows)
-        v, value_tail = self.v_conv(self.v_proj(x), state.value_tail, rows)
-        keys = l2_normalize(self._heads(F.silu(k)))
-        moved = replace(state, query_tail=query_tail, key_tail=key_tail, value_tail=value_tail)
-        return (q, keys, self._heads(F.silu(v))), moved
+        k, key_tail = self._to_heads(self.k_conv, self.k_proj(x), state.key_tail, rows, unit=True)
+        v, value_tail = self._to_heads(self.v_conv, self.v_proj(x), state.value_tail, rows, unit=False)
+        return (q, k, v), replace(state, query_tail=query_tail, key_tail=key_tail, value_tail=value_tail)
 
     def write(
         self,
@@ -230,6 +239,7 @@ class MemoryCore(nn.Module):
             norm_bias=self.initial.norm_bias,
             chunk_size=self.spec.chunk_size,
             cu_seqlens=None if rows is None else rows.cu_seqlens,
+            impl=self.impl,
         )
         if self.observer is not None:
             self.observer(MemoryWrite(k, v, gates, memory, rows))
@@ -239,15 +249,23 @@ class MemoryCore(nn.Module):
         """Retrieval with fixed weights (L tensors `[B, H, D_in, D_out]`): `[B, T, H, D]`."""
         return read_memory(q, weights, self.spec.memory, self.initial.norm_weight, self.initial.norm_bias)
 
-    def _heads(self, x_BTC: Tensor) -> Tensor:
-        return x_BTC.unflatten(-1, (self.spec.heads, self.spec.memory.dim))
+    def _to_heads(
+        self, conv: ShortConv, projected: Tensor, tail: Tensor, rows: Rows | None, unit: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Convolution, SiLU and, with `unit`, unit length: `[B, T, H, D]` and the new tail."""
+        heads = self.spec.heads
+        if runs_fused(self.impl, projected, self.spec.conv_size):
+            return conv(projected, tail, rows, partial(conv_silu, heads=heads, unit=unit))
+        y, tail = conv(projected, tail, rows)
+        y = F.silu(y).unflatten(-1, (heads, self.spec.memory.dim))
+        return (l2_normalize(y) if unit else y), tail
 
 
 class NeuralMemory(MemoryCore):
     """The memory as a layer of its own: `MemoryCore` -> RMSNorm per head -> gate -> output projection."""
 
-    def __init__(self, spec: NeuralMemorySpec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: NeuralMemorySpec, impl: Implementation = "auto") -> None:
+        super().__init__(spec, impl)
         self.norm = RMSNorm(spec.memory.dim, spec.norm_eps, heads=spec.heads)
         self.gate_proj = nn.Linear(spec.hidden_size, spec.hidden_size, bias=False)
         self.o_proj = nn.Linear(spec.hidden_size, spec.hidden_size, bias=False)
@@ -257,5 +275,7 @@ class NeuralMemory(MemoryCore):
     ) -> tuple[Tensor, NeuralMemoryState]:
         """x `[B, T, C]`, or packed `[1, total, C]` with `rows`; the output has the shape of x."""
         output, state = self.retrieve(x, state, rows)
-        merged = self.norm(output).flatten(2)
-        return self.o_proj(merged * F.silu(self.gate_proj(x))), state
+        gate = self.gate_proj(x)
+        if runs_fused(self.impl, gate, self.spec.conv_size):
+            return self.o_proj(norm_gate(output, self.norm.weight, gate, self.norm.eps)), state
+        return self.o_proj(self.norm(output).flatten(2) * F.silu(gate)), state

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class TailOrder(NamedTuple):
+    """A stream in which every row stands behind a few tokens of its own past, its tail.
+
+    stream: for every token of it, its place in all tails followed by all rows.
+    tokens: where the rows' tokens lie in `stream` less its first tail; ends: where the new tails lie in it.
+    """
+
+    stream: Tensor
+    tokens: Tensor
+    ends: Tensor
 
 
 class Rows:
@@ -22,6 +35,7 @@ class Rows:
         self.device = device
         self.total = sum(self.lengths)
         self.longest = max(self.lengths)
+        self._tail_orders: dict[int, TailOrder] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -46,7 +60,26 @@ class Rows:
         places = [
             row * self.longest + token for row, length in enumerate(self.lengths) for token in range(length)
         ]
-        return torch.tensor(places, device=self.device)
+        return self._indices(places)
+
+    def after_tails(self, lead: int) -> TailOrder:
+        """Indices (int64, on the device) for tails of `lead` tokens; worked out once for all that ask."""
+        if lead not in self._tail_orders:
+            stream: list[int] = []
+            tokens: list[int] = []
+            ends: list[int] = []
+            offset, tails = 0, len(self) * lead
+            for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+                stream += range(row * lead, (row + 1) * lead)
+                stream += range(tails + start, tails + start + length)
+                tokens += range(offset, offset + length)
+                ends += range(offset + length, offset + length + lead)
+                offset += lead + length
+            self._tail_orders[lead] = TailOrder(*map(self._indices, (stream, tokens, ends)))
+        return self._tail_orders[lead]
+
+    def _indices(self, places: Sequence[int]) -> Tensor:
+        return torch.tensor(places, dtype=torch.long, device=self.device)
 
     def pad(self, stream: Tensor) -> Tensor:
         """`[1, total, ...]` -> `[B, longest, ...]`, right-padded with zeros."""

@@ -16,25 +16,23 @@ from titans.ops.kernels import layer_conv, layer_norm
 _Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def conv_silu(x: Tensor, tail: Tensor, weight: Tensor, heads: int, unit: bool) -> tuple[Tensor, Tensor]:
+def conv_silu(x: Tensor, tail: Tensor, weight: Tensor, heads: int, unit: bool) -> Tensor:
     """Causal depthwise convolution, SiLU and (`unit`) `y / sqrt(|y|^2 + 1e-6)` per head.
 
     x: `[B, T, C]`; tail: `[B, 3, C]`, what came before; weight: `[C, 4]`. Floating dtypes of at most 32 bits;
     sums are fp32.
 
-    Returns `[B, T, heads, C / heads]` in the dtype of x, and the next call's tail.
+    Returns `[B, T, heads, C / heads]` in the dtype of x.
     """
-    B, T, C = x.shape
+    B, _, C = x.shape
     expected = {"tail": (tail, (B, layer_conv.WIDTH - 1, C)), "weight": (weight, (C, layer_conv.WIDTH))}
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if C % heads:
         raise ValueError(f"heads must divide the {C} channels of x, got {heads}")
-    tail = tail.to(x.dtype)
-    # A copy: a view would keep all of x alive in a streaming state.
-    next_tail = torch.cat([tail, x[:, max(0, T - tail.shape[1]) :]], dim=1)[:, -tail.shape[1] :]
-    return _conv_forward(x, tail, weight, heads, unit), next_tail
+    result: Tensor = _conv_forward(x, tail, weight, heads, unit)
+    return result
 
 
 def norm_gate(x: Tensor, gain: Tensor, gate: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,48 @@
+"""When the layer runs fused kernels around the memory, and a way to them that imports Triton only then.
+
+The kernels: convolution + SiLU + unit length per head, and norm + gate (`titans/ops/kernels/layer.py`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from titans.ops.api import Implementation
+from titans.ops.kernels.support import layer_unsupported
+
+# The kernels agree with PyTorch in Triton's interpreter; they have never run on a card. True once they have
+# been checked and measured there.
+FUSED_BY_DEFAULT = False
+
+
+def runs_fused(impl: Implementation, projected: Tensor, conv_size: int) -> bool:
+    """Whether the layer's kernels take this stream, `[B, T, C]` as it came out of its projection.
+
+    "triton": they do. "chunked", "reference": they do not. "auto": they do not either, as long as
+    `FUSED_BY_DEFAULT` is off, even where it takes the memory's own kernels; once on, they do on CUDA devices
+    wherever they can.
+
+    Raises:
+        ValueError: "triton" where they cannot; the message says why.
+    """
+    if impl == "triton":
+        if (reason := layer_unsupported(projected.device, projected.dtype, conv_size)) is not None:
+            raise ValueError(f"impl='triton' {reason}")
+        return True
+    # On a CPU they would run in Triton's interpreter, if at all.
+    wanted = impl == "auto" and FUSED_BY_DEFAULT and projected.device.type == "cuda"
+    return wanted and layer_unsupported(projected.device, projected.dtype, conv_size) is None
+
+
+def conv_silu(x: Tensor, tail: Tensor, weight: Tensor, heads: int, unit: bool) -> Tensor:
+    """See `titans.ops.kernels.layer.conv_silu`."""
+    from titans.ops.kernels import layer
+
+    return layer.conv_silu(x, tail, weight, heads, unit)
+
+
+def norm_gate(x: Tensor, gain: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """See `titans.ops.kernels.layer.norm_gate`."""
+    from titans.ops.kernels import layer
+
+    return layer.norm_gate(x, gain, gate, eps)
