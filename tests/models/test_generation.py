@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from titans.data.tokenizer import byte_tokenizer
 from titans.models import TitansCache
 
 NEW = 11
@@ -172,3 +173,22 @@ def test_a_cache_that_does_not_fit_is_refused(build, tokens):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="of variant 'lmm', got one from 'mac'"):
         build("lmm")(ids, past_key_values=cache)
+
+
+def test_stop_strings(fresh):
+    """transformers hands the model the tokenizer that they need, as an argument of its forward."""
+    tokenizer = byte_tokenizer()
+    model = fresh("lmm", vocab_size=len(tokenizer)).eval()
+    prompt = tokenizer("A prompt", return_tensors="pt").input_ids
+    plain = model.generate(prompt, max_new_tokens=30, min_new_tokens=30, do_sample=False)[0]
+    start = prompt.shape[1]
+    letters = [start + i for i, token in enumerate(plain[start:].tolist()) if 48 <= token < 123]
+    first = next(place for place in letters if plain[place] not in prompt)
+    stopped = model.generate(
+        prompt,
+        max_new_tokens=30,
+        do_sample=False,
+        stop_strings=[chr(plain[first])],
+        tokenizer=tokenizer,
+    )
+    assert torch.equal(stopped[0], plain[: first + 1])

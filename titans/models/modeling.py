@@ -182,6 +182,13 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = TitansCache()
 
+    def prepare_inputs_for_generation(
+        self, *args: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """`generate` hands the tokenizer that stop strings need on to the model, which takes none."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        return inputs
+
     @can_return_tuple
     def forward(
         self,
