@@ -270,6 +270,24 @@ def kernel_resources(record: dict[str, Any]) -> str:
     return "\n".join(["## What the kernels need\n", about, table(header, rows)])
 
 
+def streams(record: dict[str, Any]) -> str:
+    from titans.benchmark.stream_rows import table as stream_table
+
+    where = "a GPU, bf16" if record["options"]["device"] == "cuda" else "a CPU, float32"
+    header, rows = stream_table(record["summary"]["table"])
+    header[1] = "what"
+    return "\n".join(
+        [
+            f"## Streams on {where}\n",
+            "Models with random weights read a stream of random tokens and decode at its end; columns: tokens "
+            "read. `mag-64` has a window of 64, `mag` one of 512 on a CPU. Memory is what the reading took above "
+            "the weights. Decoding on a CPU is launched token by token, in float32.\n",
+            table(header, rows),
+            "",
+        ]
+    )
+
+
 def plot_ops(record: dict[str, Any], figure: Any) -> None:
     """A panel for each width of the heads: time over Gated DeltaNet's, by shape."""
     entries = [entry for entry in record["summary"]["table"] if entry["ratio"] is not None]
@@ -309,6 +327,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "models_gpu.json": models_on_a_gpu,
     "kernel_resources.json": kernel_resources,
     "ops_cpu.json": memory_on_a_cpu,
+    "stream_gpu.json": streams,
+    "stream_cpu.json": streams,
     "stability.json": stability,
     "initial_values.json": initial_values,
     "stability_matrix.json": stability,
