@@ -280,8 +280,8 @@ def streams(record: dict[str, Any]) -> str:
         [
             f"## Streams on {where}\n",
             "Models with random weights read a stream of random tokens and decode at its end; columns: tokens "
-            "read. `mag-64` has a window of 64, `mag` one of 512 on a CPU. Memory is what the reading took above "
-            "the weights. Decoding on a CPU is launched token by token, in float32.\n",
+            "read. `mag-64` has a window of 64, `mag` one of 512 on a CPU. Memory is what reading took above the "
+            "weights.\n",
             table(header, rows),
             "",
         ]
