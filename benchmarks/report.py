@@ -279,9 +279,8 @@ def streams(record: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"## Streams on {where}\n",
-            "Models with random weights read a stream of random tokens and decode at its end; columns: tokens "
-            "read. `mag-64` has a window of 64, `mag` one of 512 on a CPU. Memory is what reading took above the "
-            "weights.\n",
+            "Models with random weights read random tokens, so many, and decode at the end. `mag` has a window "
+            "of 512 on a CPU, `mag-64` one of 64. Memory is what reading took above the weights.\n",
             table(header, rows),
             "",
         ]
