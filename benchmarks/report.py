@@ -279,8 +279,8 @@ def streams(record: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"## Streams on {where}\n",
-            "Models with random weights read random tokens, so many, and decode at the end. `mag` has a window "
-            "of 512 on a CPU, `mag-64` one of 64. Memory is what reading took above the weights.\n",
+            "Models with random weights read random tokens, so many, and decode at the end; `mag` with a "
+            "window of 512 on a CPU, `mag-64` of 64. Memory is what reading took above the weights.\n",
             table(header, rows),
             "",
         ]
