@@ -62,19 +62,19 @@ def mutant(*changes):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_recurrence_is_noticed(mistake, monkeypatch):
-    monkeypatch.setitem(api._IMPLEMENTATIONS, "mutant", mutant(*MISTAKES[mistake]))
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "chunked", mutant(*MISTAKES[mistake]))
     inputs = random_inputs(
         MemorySpec(dim=4, depth=2), tokens=10, chunk_size=4, position=[0, 2], theta="layer", momentum="layer"
     )
     with pytest.raises(AssertionError, match="results differ"):
-        assert_agreement(evaluate(inputs, "mutant"), evaluate(inputs, "reference"))
+        assert_agreement(evaluate(inputs, "chunked"), evaluate(inputs, "reference"))
 
 
 def test_the_unchanged_copy_agrees(monkeypatch):
     """Without this, a copy that fails for any reason would pass for a mistake found."""
-    monkeypatch.setitem(api._IMPLEMENTATIONS, "mutant", mutant("chunk_size", "chunk_size"))
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "chunked", mutant("chunk_size", "chunk_size"))
     inputs = random_inputs(MemorySpec(dim=4, depth=2), tokens=10, chunk_size=4)
-    assert_agreement(evaluate(inputs, "mutant"), evaluate(inputs, "reference"), 1e-15)
+    assert_agreement(evaluate(inputs, "chunked"), evaluate(inputs, "reference"), 1e-15)
 
 
 def test_every_kind_of_difference_is_reported():

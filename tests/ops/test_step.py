@@ -327,7 +327,7 @@ def test_when_auto_takes_the_step():
         {"device": torch.device("cpu")},
         {"channelwise": True},
     ):
-        assert resolved(**refused, one_token=True) == "chunked"
+        assert resolved(**refused, one_token=True) == "chunked step"
 
 
 @pytest.mark.gpu

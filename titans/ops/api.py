@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from titans.ops.chunked import chunked
+from titans.ops.chunked.step import step
 from titans.ops.kernels.support import unsupported
 from titans.ops.network import apply_memory
 from titans.ops.reference import reference
@@ -49,6 +50,7 @@ def _stepped(*arguments: Any) -> tuple[Tensor, MemoryState]:
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, MemoryState]]] = {
     "reference": reference,
     "chunked": chunked,
+    "chunked step": step,
     "triton": _fused,
     "triton step": _stepped,
 }
@@ -75,21 +77,23 @@ def resolve_implementation(
     "auto" is "triton" for half-precision tensors on a CUDA device where its kernels cover the call (see
     `kernels/support.py`), otherwise "chunked".
 
-    one_token: the call holds one token a row, no documents, and nothing in it requires a gradient. "triton"
-    is then "triton step", the kernel for decoding: it covers any chunk size and computes in float32
-    throughout, so "auto" takes it for float32 tensors, too.
+    one_token: the call holds one token a row, no documents, and nothing in it requires a gradient. "chunked"
+    and "triton" are then "chunked step" and "triton step", made for decoding. The kernel covers any chunk
+    size and computes in float32 throughout, so "auto" takes it for float32 tensors, too.
     """
     if impl not in get_args(Implementation):
         raise ValueError(f"impl must be one of {list(get_args(Implementation))}, got {impl!r}")
-    if impl not in ("auto", "triton"):
+    if impl == "reference":
         return impl
-    kernels = "triton step" if one_token else "triton"
+    plain, kernels = ("chunked step", "triton step") if one_token else ("chunked", "triton")
+    if impl == "chunked":
+        return plain
     chunk = None if one_token else chunk_size
     if impl == "auto":
         if device is None or device.type != "cuda" or spec is None:
-            return "chunked"
+            return plain
         pays = one_token or dtype in (torch.bfloat16, torch.float16)
-        return kernels if pays and not unsupported(device, dtype, spec, chunk, channelwise) else "chunked"
+        return kernels if pays and not unsupported(device, dtype, spec, chunk, channelwise) else plain
     if device is not None and spec is not None:
         reason = unsupported(device, dtype, spec, chunk, channelwise)
         if reason is not None:
