@@ -1,12 +1,22 @@
 """Needle tasks: the published sentences, in the numbers, places and lengths asked for."""
 
 import itertools
+import random
 import re
 
 import pytest
 
 from titans.data.tokenizer import byte_tokenizer
-from titans.evaluation.needle import NOISE, PAPER_NAMES, TASKS, NeedleTask, samples, score, split_sentences
+from titans.evaluation.needle import (
+    NOISE,
+    PAPER_NAMES,
+    TASKS,
+    NeedleTask,
+    _Draws,
+    samples,
+    score,
+    split_sentences,
+)
 from titans.evaluation.needle_words import ADJECTIVES, NOUNS
 
 WORDS = r"[a-z]+-[a-z]+"
@@ -200,3 +210,16 @@ def test_bad_arguments_are_named_before_work_begins():
         samples(task, 4000, lambda text: 1, BOOK, seed=0)
     with pytest.raises(ValueError, match="no more queries than keys, got keys=1, values=1, queries=2"):
         NeedleTask(name="x", haystack="noise", queries=2)
+
+
+def test_a_value_drawn_twice_is_drawn_again():
+    """One in a million by chance, and the question would have two keys of one answer."""
+
+    class Repeating(random.Random):
+        numbers = iter([1000000, 1000000, 1000001])
+
+        def randint(self, a: int, b: int) -> int:
+            return next(self.numbers)
+
+    draws = _Draws(Repeating(0), TASKS["niah_multivalue"])
+    assert [draws.value(), draws.value()] == ["1000000", "1000001"]
