@@ -120,8 +120,7 @@ def samples(
         length: tokens of the whole prompt at most; the context is filled up to the last sentence that fits.
         count_tokens: number of tokens in a text, without special tokens; or a tokenizer, which is asked so.
             Sentences are counted one by one, each once. The sum is the prompt's length where no token spans
-            two sentences (bytes, words); with Llama-2's tokenizer and books the prompts tried were between
-            9 tokens below it and 1 above, at 16K to 1M tokens.
+            two sentences (bytes, words); a tokenizer that joins across them can differ by a few tokens.
         haystack: texts or sentences for an "essay" task, read in order, from the start again at the end.
         depth: share of the haystack before the needle of the first answer, 0 to 1, kept to within a
             sentence; None draws one per sample. The other needles always lie at random.
