@@ -16,10 +16,10 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from titans.ops import MemorySpec, MemoryState, neural_memory
+from titans.benchmark.ops import our_op
+from titans.ops import MemorySpec
 from titans.ops.kernels import linear_passes, mlp_passes
 from titans.ops.kernels.launch import Launch
 from titans.testing import evaluate, random_inputs, relative_error
@@ -42,34 +42,7 @@ def errors(spec: MemorySpec, chunk_size: int) -> dict[str, float]:
     }
 
 
-def step_of(spec: MemorySpec, batch: int, heads: int, chunk_size: int) -> Callable[[], None]:
-    shape = (batch, TOKENS // batch, heads)
-    q, k = (F.normalize(torch.randn(*shape, spec.dim), dim=-1) for _ in "qk")
-    tokens = [tensor.bfloat16().requires_grad_() for tensor in (q, k, torch.randn(*shape, spec.dim))]
-    theta, alpha, eta = (high * torch.rand(shape) for high in (0.01, 0.05, 0.9))
-    gates = [gate.requires_grad_() for gate in (theta, torch.log1p(-alpha), torch.log(eta))]
-    weights = [
-        (torch.randn(heads, *shape) / math.sqrt(shape[0])).requires_grad_() for shape in spec.layer_shapes
-    ]
-    grad = torch.randn(*shape, spec.dim).bfloat16()
-
-    def step() -> None:
-        output = neural_memory(
-            *tokens,
-            theta=gates[0],
-            log_decay=gates[1],
-            log_momentum=gates[2],
-            state=MemoryState.initial(tuple(weights), batch=batch),
-            spec=spec,
-            chunk_size=chunk_size,
-            impl="triton",
-        ).output
-        torch.autograd.grad(output, [*tokens, *gates, *weights], grad)
-
-    return step
-
-
-def times(step: Callable[[], None], repeats: int = 5) -> str:
+def times(step: Callable[[], object], repeats: int = 5) -> str:
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -119,9 +92,20 @@ def main() -> None:
     found = errors(spec, arguments.chunk)
     worst = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
     print(f"output {found['output']:.1e}, worst {worst} {found[worst]:.1e}", flush=True)
-    with torch.device("cuda"):
-        for batch in arguments.batches:
-            print(f"B{batch}: {times(step_of(spec, batch, arguments.heads, arguments.chunk))}", flush=True)
+    settings = {
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "heads": arguments.heads,
+        "dim": arguments.dim,
+        "depth": arguments.depth,
+        "expansion": arguments.expansion,
+        "chunk_size": arguments.chunk,
+        "impl": "triton",
+        "passes": "both",
+    }
+    for batch in arguments.batches:
+        step = our_op(settings | {"batch": batch, "tokens": TOKENS // batch})
+        print(f"B{batch}: {times(step)}", flush=True)
 
 
 if __name__ == "__main__":

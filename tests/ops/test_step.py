@@ -43,12 +43,7 @@ def one_token(spec=SMALL, **settings):
     """A call of one token in fp32; rows at the start, in the middle and at the end of a chunk."""
     settings = {"batch": 3, "chunk_size": 4, "position": [0, 1, 3]} | settings
     inputs = random_inputs(spec, tokens=1, dtype=torch.float32, **settings)
-    return on_device(inputs)
-
-
-def on_device(inputs):
-    moved = inputs.map(lambda _, tensor: tensor.to(DEVICE))
-    return replace(moved, state=replace(moved.state, position=inputs.state.position.to(DEVICE)))
+    return inputs.to(DEVICE)
 
 
 def step(inputs, **options):
@@ -77,7 +72,7 @@ def assert_same_bits(actual, expected):
 def test_consecutive_tokens_agree_with_the_reference(spec, settings):
     """Rows at different positions, six tokens in chunks of four: every row closes one chunk at least."""
     settings = {"batch": 3, "chunk_size": 4, "position": [0, 1, 3]} | settings
-    exact = on_device(random_inputs(spec, tokens=6, **settings))
+    exact = random_inputs(spec, tokens=6, **settings).to(DEVICE)
     expected = named_results(exact.run("reference"))
     assert_agreement(named_results(steps(exact.cast(torch.float32))), expected, rtol=2e-5)
 
@@ -153,9 +148,7 @@ def test_a_row_does_not_depend_on_the_others(spec):
     )
     actual = step(poisoned)
     for row in (1, 2):
-        alone = step(
-            on_device(replace(inputs.map(lambda _, t: t.cpu()), state=inputs.state.to("cpu")).rows([row]))
-        )
+        alone = step(inputs.to("cpu").rows([row]).to(DEVICE))
         state = actual.state.select(torch.tensor([row], device=DEVICE))
         assert_same_bits(MemoryOutput(actual.output[row : row + 1], state), alone)
 
@@ -180,7 +173,7 @@ def test_strided_arguments(spec):
 
 
 def test_two_tokens_are_refused():
-    inputs = on_device(random_inputs(SMALL, tokens=2, dtype=torch.float32))
+    inputs = random_inputs(SMALL, tokens=2, dtype=torch.float32).to(DEVICE)
     with pytest.raises(ValueError, match="q must hold one token"):
         step(inputs)
 
@@ -246,7 +239,7 @@ def test_the_op_decodes_by_steps_and_goes_on_by_chunks(spec, momentum, steps_tak
     """Tokens one by one, then many at once, across the ends of chunks: the recurrence, one kind of state."""
     inputs = random_inputs(spec, tokens=26, heads=1, momentum=momentum, position=[13, 0])
     expected = named_results(inputs.run("reference"))
-    inputs = on_device(inputs).cast(torch.float32)
+    inputs = inputs.to(DEVICE).cast(torch.float32)
     state, outputs = inputs.state, []
     for start, stop in ((0, 1), (1, 2), (2, 3), (3, 4), (4, 24), (24, 25), (25, 26)):
         output, state = inputs.tokens(start, stop, state).run("triton")
@@ -283,7 +276,7 @@ def test_what_requires_a_gradient_takes_the_kernels_that_give_it(name, steps_tak
 
 @torch.no_grad()
 def test_documents_take_the_kernels_that_know_them(steps_taken):
-    inputs = on_device(random_inputs(LINEAR, documents=(1, 0), dtype=torch.float32))
+    inputs = random_inputs(LINEAR, documents=(1, 0), dtype=torch.float32).to(DEVICE)
     inputs = replace(inputs, cu_seqlens=inputs.cu_seqlens.to(DEVICE))
     inputs.run("triton")
     assert not steps_taken
@@ -345,7 +338,7 @@ def test_when_auto_takes_the_step():
 )
 def test_replayed_graph_gives_the_bits_of_eager_steps(spec, dtype):
     """Five replays cross a chunk's end; a graph that baked in the position would not know."""
-    inputs = on_device(random_inputs(spec, tokens=5, heads=4, chunk_size=4, dtype=dtype))
+    inputs = random_inputs(spec, tokens=5, heads=4, chunk_size=4, dtype=dtype).to(DEVICE)
     eager = steps(replace(inputs, state=own_memory(inputs.state)), in_place=True)
 
     slot = inputs.tokens(0, 1, own_memory(inputs.state)).map(

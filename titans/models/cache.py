@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from titans.nn import AttentionState, Prefix, Segment
+from titans.nn.attention import one_if_equal
 
 StateT = TypeVar("StateT", bound="MixerState")
 
@@ -137,7 +138,7 @@ def concatenate_rows(states: Sequence[Any]) -> Any:
 
 
 def _concatenate_windows(states: Sequence[AttentionState]) -> AttentionState:
-    counts = [count for state in states for count in _per_row(state.counts, state.batch)]
+    counts = tuple(count for state in states for count in state.row_counts)
     width = max(counts)
 
     def join(parts: list[Tensor]) -> Tensor:  # `[B, H, P, D]`, right-aligned
@@ -147,22 +148,14 @@ def _concatenate_windows(states: Sequence[AttentionState]) -> AttentionState:
         join([state.keys for state in states]),
         join([state.values for state in states]),
         states[0].prefix,
-        _one_if_equal(counts),
+        one_if_equal(counts),
     )
 
 
 def _concatenate_segments(states: Sequence[Segment]) -> Segment:
-    offsets = [offset for state in states for offset in state.offsets_of(state.entries.shape[0])]
+    offsets = tuple(offset for state in states for offset in state.offsets_of(state.entries.shape[0]))
     width = max(offsets)
     entries = [  # `[B, S, 4, H, D]`, left-aligned
         F.pad(state.entries, (0, 0, 0, 0, 0, 0, 0, width - state.entries.shape[1])) for state in states
     ]
-    return Segment(torch.cat(entries), _one_if_equal(offsets))
-
-
-def _per_row(counts: int | tuple[int, ...], batch: int) -> tuple[int, ...]:
-    return (counts,) * batch if isinstance(counts, int) else counts
-
-
-def _one_if_equal(counts: list[int]) -> int | tuple[int, ...]:
-    return counts[0] if len(set(counts)) == 1 else tuple(counts)
+    return Segment(torch.cat(entries), one_if_equal(offsets))

@@ -47,6 +47,11 @@ class AttentionState:
     def batch(self) -> int:
         return self.keys.shape[0]
 
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Valid columns of each row, also where all have as many."""
+        return (self.counts,) * self.batch if isinstance(self.counts, int) else self.counts
+
     def select(self, rows: Tensor) -> AttentionState:
         counts = self.counts
         if not isinstance(counts, int):
@@ -248,18 +253,19 @@ class SlidingAttention(Attention):
                 kept = tuple(min(count + tokens, reach) for count in counts)
                 keep = max(kept)
             start = keys.shape[2] - keep
-            return AttentionState(keys[:, :, start:], values[:, :, start:], state.prefix, _uniform(kept))
-        before = (state.counts,) * len(rows) if isinstance(state.counts, int) else state.counts
-        seen = [count + length for count, length in zip(before, rows.lengths, strict=True)]
+            return AttentionState(keys[:, :, start:], values[:, :, start:], state.prefix, one_if_equal(kept))
+        seen = [count + length for count, length in zip(state.row_counts, rows.lengths, strict=True)]
         kept = tuple(min(count, reach) for count in seen)
         keep = max(kept)
         # Row b's tokens end at column past + length_b; the columns before a short row's first are any.
         columns = [[max(past + length - keep + i, 0) for i in range(keep)] for length in rows.lengths]
         index = torch.tensor(columns, dtype=torch.long, device=keys.device).view(len(rows), 1, keep, 1)
         index = index.expand(-1, self.heads, -1, self.head_dim)
-        return AttentionState(keys.gather(2, index), values.gather(2, index), state.prefix, _uniform(kept))
+        return AttentionState(
+            keys.gather(2, index), values.gather(2, index), state.prefix, one_if_equal(kept)
+        )
 
 
-def _uniform(counts: int | tuple[int, ...]) -> int | tuple[int, ...]:
+def one_if_equal(counts: int | tuple[int, ...]) -> int | tuple[int, ...]:
     """One number when all rows agree: then no column is masked and the masks can be left out."""
     return counts[0] if isinstance(counts, tuple) and len(set(counts)) == 1 else counts

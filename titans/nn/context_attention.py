@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans.nn.attention import Attention, Prefix
+from titans.nn.attention import Attention, Prefix, one_if_equal
 from titans.nn.rows import Rows
 
 
@@ -60,8 +60,7 @@ class Segment:
             return Segment(self.entries[:, :0], 0) if self.offsets == size else self
         offsets = tuple(0 if offset == size else offset for offset in self.offsets)
         width = max(offsets)
-        same = len(set(offsets)) == 1
-        return Segment(self.entries[:, :width], width if same else offsets)
+        return Segment(self.entries[:, :width], one_if_equal(offsets))
 
     def offsets_of(self, batch: int) -> tuple[int, ...]:
         return (self.offsets,) * batch if isinstance(self.offsets, int) else self.offsets

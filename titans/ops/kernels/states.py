@@ -126,7 +126,7 @@ def gradients_out(
 
 
 class States:
-    """Runs these kernels for every layer. shapes: of the layers as given, `[rows, H, D_in, D_out]`."""
+    """Runs these kernels for every layer; the user's tensors are `[rows, H, D_in, D_out]`."""
 
     def __init__(self, table: Tensor, chunk_size: int, momentum: bool) -> None:
         self.table, self.chunk_size, self.momentum = table, chunk_size, momentum
