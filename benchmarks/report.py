@@ -30,7 +30,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def origin(record: dict[str, Any], file: str) -> str:
     if "machine" not in record:  # nothing was run
-        return f"`python -m tools.kernel_resources --write`; `results/{file}`."
+        return (
+            f"`python -m tools.kernel_resources --write`, commit {record['commit']}, {record['date'][:10]}; "
+            f"`results/{file}`."
+        )
     machine = record["machine"]
     versions = next((row["versions"] for row in record["rows"] if "gpu" in row.get("versions", {})), {})
     gpu = f"{versions['gpu']}, PyTorch {versions['torch']}, " if versions else ""

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from titans.benchmark.harness import commit
 from titans.ops.kernels import layer_conv, layer_norm, linear_passes, mlp_passes
 from titans.ops.kernels.gates import gate_vectors
 from titans.ops.kernels.launch import Launch
@@ -208,7 +210,13 @@ def main() -> None:
         found[configuration.name] = needs
         print(json.dumps({"name": configuration.name, **needs}), flush=True)
     if arguments.write:
-        record = {"triton": triton.__version__, "target": "sm_90a", "kernels": found}
+        record = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "triton": triton.__version__,
+            "target": "sm_90a",
+            "kernels": found,
+        }
         RESULTS.write_text(json.dumps(record, indent=2) + "\n")
 
 
