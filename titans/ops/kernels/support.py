@@ -13,10 +13,10 @@ from titans.ops.spec import MemorySpec
 # in the interpreter, but have not run on one since the hidden width was split; heads of 32 end in illegal
 # memory accesses there (docs/decisions.md, "Kernels"). The interpreter takes all of these and 16, for tests.
 LINEAR_DIMS: tuple[int, ...] = (32, 64, 128)
-MLP_DIMS: tuple[int, ...] = (64,)
+MLP_DIMS: tuple[int, ...] = (64, 128)
 STEP_DIMS: tuple[int, ...] = (64, 128)
 CHUNKS = (16, 32, 64)
-MLP_CHUNKS = (16, 64)
+MLP_CHUNKS = (16, 32, 64)
 EXPANSIONS = (1, 2, 4)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CONV_SIZE = 4
