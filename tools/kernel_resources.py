@@ -123,6 +123,7 @@ def _configuration(kernel: Any, launch: Launch, dtype: str, sizes: dict[str, int
         "MOMENTUM": True,
         "SHARED": True,
         "EXACT": exact,
+        "KEEP": True,
         "PRECISION": "ieee" if exact else "tf32",
         "ACT": "gelu",
     }

@@ -71,7 +71,9 @@ class Operator:
 
     def _run_forward(self, *arguments: Any) -> list[Tensor]:
         """output, L weights, L or no momentum, L anchor, then the kept states of weights and of momentum."""
-        result = self.forward_pass(_inputs(arguments[:-1]), arguments[-1])
+        x = _inputs(arguments[:-1])
+        with torch.cuda.device_of(x.q):  # kernels start on the current device
+            result = self.forward_pass(x, arguments[-1])
         states = [*result.weights, *result.momentum, *result.anchor]
         return [result.output, *states, *result.kept]
 
@@ -86,7 +88,8 @@ class Operator:
         kept, grad_output, grad_states = arguments[-3:]
         x = _inputs(arguments[:-3])
         weights, momentum, anchor = _split(grad_states, (len(x.weights), len(x.momentum), len(x.anchor)))
-        grads = self.backward_pass(x, kept, grad_output, weights, momentum, anchor)
+        with torch.cuda.device_of(x.q):
+            grads = self.backward_pass(x, kept, grad_output, weights, momentum, anchor)
         found = [
             *(grads.q, grads.k, grads.v, grads.theta, *grads.log_decay, grads.log_momentum),
             *(*grads.weights, *grads.momentum, *grads.anchor, grads.norm_weight, grads.norm_bias),
@@ -147,15 +150,19 @@ class _Function(torch.autograd.Function):
             *(list(kept), grad_output, list(grad_states)),
         )
         *_, log_momentum, _, norm_weight, norm_bias, _ = tensors
-        grad_q, grad_k, grad_v, grad_theta, *grads = grads
-        grad_decay, grads = grads[: ctx.lengths[0]], grads[ctx.lengths[0] :]
-        grad_log_momentum = None if log_momentum is None else grads.pop(0)
-        grad_bias = None if norm_bias is None else grads.pop()
-        grad_weight = None if norm_weight is None else grads.pop()
+        # By slices: to the compiler of torch 2.11 an operator's list is a tuple, which has no pop.
+        optional = [log_momentum, norm_weight, norm_bias]
+        given = [int(tensor is not None) for tensor in optional]
+        lengths = (4, ctx.lengths[0], given[0], sum(ctx.lengths[1:]), given[1], given[2])
+        of_tokens, of_decay, of_momentum, of_states, of_weight, of_bias = _split(grads, lengths)
         return (
-            *(None, None, None, None, grad_q, grad_k, grad_v, grad_theta, grad_log_momentum),
-            *(None, grad_weight, grad_bias, None, *grad_decay, *grads),
+            *(None, None, None, None, *of_tokens, _only(of_momentum)),
+            *(None, _only(of_weight), _only(of_bias), None, *of_decay, *of_states),
         )
+
+
+def _only(tensors: list[Tensor]) -> Tensor | None:
+    return tensors[0] if tensors else None
 
 
 def _in_order(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titans.ops.kernels.dispatch import run_kernel
 from titans.ops.kernels.functions import ROWS
 from titans.ops.kernels.gates import gate_vectors
 from titans.ops.kernels.plan import Plan, make_plan
@@ -27,6 +28,9 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+GATES = Launch(warps=4)
 
 
 @dataclass
@@ -50,7 +54,8 @@ def _fp32(tensor: Tensor) -> Tensor:
 class Call:
     """The arguments of one call, contiguous; gates fp32 `[B, T, H, sets]`, one set or one for every layer."""
 
-    def __init__(self, x: Any) -> None:
+    def __init__(self, x: Any, table: Tensor | None = None) -> None:
+        """table: the plan's, where an earlier call has made it."""
         self.spec: MemorySpec = x.spec
         self.q, self.k, self.v = x.q.contiguous(), x.k.contiguous(), x.v.contiguous()
         self.B, self.T, self.H, self.D = x.q.shape
@@ -63,7 +68,7 @@ class Call:
         self.theta, self.log_decay = gates[:2]
         self.log_momentum = gates[-1]  # log_decay where there is none: never read
         self._norm = (x.norm_weight, x.norm_bias)
-        self.plan: Plan = make_plan(self.B, self.T, self.C, x.position, x.cu_seqlens)
+        self.plan: Plan = make_plan(self.B, self.T, self.C, x.position, x.cu_seqlens, table)
         self.exact = self.q.dtype == torch.float32
         self.precision = "ieee" if self.exact else "tf32"  # of products of fp32 tiles; half ones ignore it
 
@@ -101,9 +106,9 @@ class Call:
         """`[sets, cells, H, ROWS, C]`, see `functions.py`."""
         cells, plan = group[1] - group[0], self.plan
         vectors = self.scratch(self.sets, cells, self.H, ROWS.value, self.C, dtype=torch.float32)
-        gate_vectors[(cells, self.H, self.sets)](
+        run_kernel(
+            gate_vectors, (cells, self.H, self.sets), GATES.options,
             self.theta, self.log_decay, self.log_momentum, vectors, plan.table, plan.cell_row,
             plan.rows, group[0], plan.stride, self.H, self.sets, self.C, self.momentum, self.exact,
-            num_warps=4,
         )  # fmt: skip
         return vectors

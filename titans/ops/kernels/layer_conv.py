@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans.ops.kernels.dispatch import run_kernel
 from titans.ops.kernels.launch import Launch
 
 WIDTH = 4
@@ -148,9 +149,10 @@ def run_forward(x: Tensor, tail: Tensor, weight: Tensor, heads: int, unit: bool)
     BT = max(1, FORWARD.block // BD)
     out = x.new_empty(B, T, heads, D)
     with torch.cuda.device_of(x):
-        conv_forward[(B * _blocks(T, BT) * heads,)](
+        run_kernel(
+            conv_forward, (B * _blocks(T, BT) * heads,), FORWARD.options,
             x.contiguous(), tail.contiguous(), weight.contiguous(), out, T,
-            heads, D, BD, BT, unit, EPS, **FORWARD.options,
+            heads, D, BD, BT, unit, EPS,
         )  # fmt: skip
     return out
 
@@ -167,9 +169,10 @@ def run_backward(
     grad_x, grad_tail = x.new_empty(x.shape), tail.new_empty(tail.shape)
     parts = x.new_empty((blocks, WIDTH, C), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        conv_backward[(blocks * triton.cdiv(heads, BH),)](
+        run_kernel(
+            conv_backward, (blocks * triton.cdiv(heads, BH),), BACKWARD.options,
             x.contiguous(), tail.contiguous(), weight.contiguous(), grad.contiguous(),
             grad_x, grad_tail, parts, T,
-            heads, D, BH, BD, TOKENS, unit, EPS, BACKWARD.stages, **BACKWARD.options,
+            heads, D, BH, BD, TOKENS, unit, EPS, BACKWARD.stages,
         )  # fmt: skip
     return grad_x, grad_tail, parts.sum(0).T.to(weight.dtype, memory_format=torch.contiguous_format)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans.ops.kernels.dispatch import run_kernel
 from titans.ops.kernels.launch import Launch
 
 FORWARD = Launch(warps=4, block=2048)  # block: channels x tokens of a tile
@@ -19,7 +20,7 @@ BACKWARD = Launch(warps=4, stages=2, block=2048)
 TILES = 8  # of a program of the backward: as many share one part of the gain's gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def norm_gate_forward(
     x, gain, gate, out, tokens,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, EPS: tl.constexpr,
@@ -37,7 +38,7 @@ def norm_gate_forward(
     tl.store(out + at, normed * scale * (z * tl.sigmoid(z)), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def norm_gate_backward(
     x, gain, gate, grad, grad_x, grad_gain, grad_gate, tokens,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
@@ -76,9 +77,9 @@ def run_forward(x: Tensor, gain: Tensor, gate: Tensor, eps: float) -> Tensor:
     BT = max(1, FORWARD.block // BD)
     out = gate.new_empty(gate.shape, dtype=torch.promote_types(x.dtype, gate.dtype))
     with torch.cuda.device_of(x):
-        norm_gate_forward[(triton.cdiv(B * T, BT) * H,)](
+        run_kernel(
+            norm_gate_forward, (triton.cdiv(B * T, BT) * H,), FORWARD.options,
             x.contiguous(), gain.contiguous(), gate.contiguous(), out, B * T, H, D, BD, BT, eps,
-            **FORWARD.options,
         )  # fmt: skip
     return out
 
@@ -94,8 +95,9 @@ def run_backward(
     grad_x, grad_gate = x.new_empty(x.shape), gate.new_empty(gate.shape)
     parts = x.new_empty((blocks, H, D), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        norm_gate_backward[(blocks * H,)](
+        run_kernel(
+            norm_gate_backward, (blocks * H,), BACKWARD.options,
             x.contiguous(), gain.contiguous(), gate.contiguous(), grad.contiguous(), grad_x, parts, grad_gate,
-            B * T, H, D, BD, BT, TILES, eps, BACKWARD.stages, **BACKWARD.options,
+            B * T, H, D, BD, BT, TILES, eps, BACKWARD.stages,
         )  # fmt: skip
     return grad_x, parts.sum(0).to(gain.dtype), grad_gate

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from titans.ops.kernels.dispatch import run_kernel
 from titans.ops.kernels.launch import Call, Launch
 from titans.ops.kernels.linear import (
     linear_finish,
@@ -59,20 +60,22 @@ class LinearGroup:
         call, plan = self.call, self.call.plan
         block = min(WRITE.block, call.D)
         S = momentum[0] if call.momentum else weights[0]
-        linear_write[(call.D // block, plan.rows * call.H)](
+        run_kernel(
+            linear_write, (call.D // block, plan.rows * call.H), WRITE.options,
             call.k, call.v, self.vectors, plan.table, weights[0], S, first[0], end[0],
             self.W_start, self.S_start, self.G,
             plan.rows, *self.group, plan.stride, call.H, call.D, block, call.C,
-            call.spec.residual, call.momentum, call.precision, **WRITE.options,
+            call.spec.residual, call.momentum, call.precision,
         )  # fmt: skip
 
     def read(self, output: Tensor) -> None:
         call, plan = self.call, self.call.plan
         block = min(READ.block, call.D)
-        linear_read[(self.group[1] - self.group[0], call.H, call.D // block)](
+        run_kernel(
+            linear_read, (self.group[1] - self.group[0], call.H, call.D // block), READ.options,
             call.q, call.k, output, self.vectors, *self._row_tables(), self.W_start, self.S_start, self.G,
             plan.rows, self.group[0], plan.stride, call.H, call.D, block, call.C,
-            call.spec.residual, call.momentum, call.exact, call.precision, **READ.options,
+            call.spec.residual, call.momentum, call.exact, call.precision,
         )  # fmt: skip
 
     def backward(
@@ -94,24 +97,27 @@ class LinearGroup:
             grad_S, S_end = torch.empty_like(grad_W), torch.empty_like(grad_W)
         sizes = (call.H, D)
         block = min(READ_BACKWARD.block, D)
-        linear_read_backward[(cells, call.H)](
+        run_kernel(
+            linear_read_backward, (cells, call.H), READ_BACKWARD.options,
             call.q, call.k, grad_output, grads.q, grads.k, self.vectors, *self._row_tables(),
             self.W_start, self.S_start, self.G, grad_G, grad_W, grad_S, parts,
             plan.rows, self.group[0], plan.stride, *sizes, block, C,
-            call.spec.residual, call.momentum, call.exact, call.precision, **READ_BACKWARD.options,
+            call.spec.residual, call.momentum, call.exact, call.precision,
         )  # fmt: skip
         block = min(WRITE_BACKWARD.block, D)
         dS = grad_momentum[0] if call.momentum else grad_weights[0]
-        linear_write_backward[(D // block, plan.rows * call.H)](
+        run_kernel(
+            linear_write_backward, (D // block, plan.rows * call.H), WRITE_BACKWARD.options,
             call.k, self.vectors, plan.table, grad_weights[0], dS, grad_first[0], grad_end[0],
             grad_G, grad_W, grad_S, W_end, S_end, grads.v,
             plan.rows, *self.group, plan.stride, *sizes, block, C,
-            call.momentum, call.precision, **WRITE_BACKWARD.options,
+            call.momentum, call.precision,
         )  # fmt: skip
         block = min(FINISH.block, D)
-        linear_finish[(cells, call.H)](
+        run_kernel(
+            linear_finish, (cells, call.H), FINISH.options,
             call.k, grads.k, self.vectors, *self._row_tables(), self.W_start, self.S_start, self.G, grad_G,
             W_end, S_end, parts, grads.theta, grads.log_decay, grads.log_momentum,
             plan.rows, *self.group, plan.stride, *sizes, block, C,
-            call.spec.residual, call.momentum, call.exact, call.precision, **FINISH.options,
+            call.spec.residual, call.momentum, call.exact, call.precision,
         )  # fmt: skip

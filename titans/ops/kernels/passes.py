@@ -43,18 +43,18 @@ def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
     weights, momentum, first, end = states.enter(x.weights, x.momentum, x.anchor)
     output = torch.empty_like(call.v)
     groups = groups_of(x)
-    kept: Tensors = []
+    stacks: Tensors = []
     if keep:
-        kept = [state.new_empty((len(groups) - 1, *state.shape)) for state in [*weights, *momentum]]
+        stacks = [state.new_empty((len(groups) - 1, *state.shape)) for state in [*weights, *momentum]]
     for index, group in enumerate(groups):
         if keep and index > 0:
-            for stack, state in zip(kept, [*weights, *momentum], strict=True):
+            for stack, state in zip(stacks, [*weights, *momentum], strict=True):
                 stack[index - 1] = state
         buffers = kind.allocate(call, group)
         buffers.write(weights, momentum, first, end)
         buffers.read(output)
     weights, momentum, anchor = states.leave(weights, momentum, end)
-    return ChunkedResult(output, weights, momentum, anchor, kept)
+    return ChunkedResult(output, weights, momentum, anchor, [call.plan.table, *stacks] if keep else [])
 
 
 def backward_pass(
@@ -65,14 +65,15 @@ def backward_pass(
     grad_momentum: Tensors,
     grad_anchor: Tensors,
 ) -> ChunkedGradients:
-    call, kind = Call(x), _group_kind(x.spec)
-    states = States(call.plan.table, x.chunk_size, call.momentum)
+    table, *stacks = kept
+    call, kind = Call(x, table), _group_kind(x.spec)
+    states = States(table, x.chunk_size, call.momentum)
     d_weights, d_momentum, d_first, d_end = states.gradients_enter(grad_weights, grad_momentum, grad_anchor)
     weights, momentum, first, end = states.enter(x.weights, x.momentum, x.anchor)
     grad_output = grad_output.to(call.v.dtype).contiguous()
     groups = groups_of(x)
     for index in range(len(groups) - 1, -1, -1):
-        start = [*weights, *momentum] if index == 0 else [stack[index - 1].clone() for stack in kept]
+        start = [*weights, *momentum] if index == 0 else [stack[index - 1].clone() for stack in stacks]
         buffers = kind.allocate(call, groups[index])
         buffers.write(start[: len(weights)], start[len(weights) :], first, end)
         buffers.backward(grad_output, d_weights, d_momentum, d_first, d_end)

@@ -11,10 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans.ops.kernels.dispatch import run_kernel
 from titans.ops.kernels.functions import SIZES, row_of
+from titans.ops.kernels.launch import Launch
 
 Tensors = list[Tensor]
 
+COPY = Launch(warps=4)
+STRIDES = ["weights_row", "weights_head", "momentum_row", "momentum_head", "anchor_row", "anchor_head"]
 BLOCK = 1024
 
 
@@ -39,7 +43,7 @@ def offsets(
     return ours, user, element < D * F
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def states_in(
     weights, momentum, anchor, W, S, first, end, table,
     num_rows, weights_row, weights_head, momentum_row, momentum_head, anchor_row, anchor_head,
@@ -211,7 +215,8 @@ class States:
     def _run(self, kernel: object, layer: int, like: Tensor, *arguments: object) -> None:
         rows, H, D, F = like.shape if layer == 0 else like.mT.shape
         grid = (rows * H, triton.cdiv(D * F, BLOCK))
-        kernel[grid](*arguments, H, D, F, self.chunk_size, layer > 0, self.momentum, BLOCK)  # type: ignore[index]
+        sizes = (H, D, F, self.chunk_size, layer > 0, self.momentum, BLOCK)
+        run_kernel(kernel, grid, COPY.options, *arguments, *sizes)
 
 
 def _inner_contiguous(tensor: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ MLP_CHUNKS = (16, 32, 64)
 EXPANSIONS = (1, 2, 4)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CONV_SIZE = 4
+# Looked up once: torch.compile cannot trace the search, and a graph break here cost a compiled block its speed.
+INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -63,14 +65,10 @@ def layer_unsupported(device: torch.device, dtype: torch.dtype, conv_size: int) 
 
 
 def _unsupported_tensor(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if not _installed():
+    if not INSTALLED:
         return "needs the package triton, which is not installed"
     if device.type != "cuda" and not interpreted():
         return f"needs tensors on a CUDA device, got {device}"
     if dtype not in DTYPES:
         return f"needs {name} in bfloat16, float16 or float32, got {dtype}"
     return None
-
-
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
