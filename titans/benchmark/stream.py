@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans.inference.graph import StepGraph, keeps_its_shape, record
 from titans.inference.stream import Stream
 from titans.models import TitansCache, TitansConfig, TitansForCausalLM
 from titans.models.state import leaves
@@ -64,7 +65,8 @@ class Decode:
     """One token for each of `batch` streams that have read `tokens` tokens.
 
     The one-row state has read them, every one: it is the prefill row's of this process, or read now. All rows
-    of a batch get it, which takes the time that other states would take.
+    of a batch get it, which takes the time that other states would take. On a GPU by a CUDA graph, as `Stream`
+    does, where the state keeps its shape.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -78,9 +80,23 @@ class Decode:
         self.facts = {"state": f"read {self.cache.seen} tokens", "state_bytes": _bytes(self.cache)}
         self.cache.batch_repeat_interleave(batch)
         self.ids = _tokens(self.model, batch)[:, None]
+        self.graph: StepGraph | None = None
+        if self.model.device.type == "cuda":
+            before = list(self.cache.states)
+            self._plain_step()  # shows whether it can be recorded
+            if keeps_its_shape(before, self.cache.states):
+                self.graph = StepGraph(self.model, self.cache.states)
+                self.graph.load(self.cache.states)
+        self.facts["graph"] = self.graph is not None
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.step(self.ids[:, 0])
+        else:
+            self._plain_step()
 
     @torch.inference_mode()
-    def __call__(self) -> None:
+    def _plain_step(self) -> None:
         self.model(self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
 
@@ -109,9 +125,15 @@ class AttentionDecode:
         table.cos, table.sin = table.cos[-1:].clone(), table.sin[-1:].clone()
         self.table = table
         self.ids = _tokens(self.model, batch)[:, None]
+        on_gpu = self.model.device.type == "cuda"
+        self.step = record(self._step) if on_gpu else self._step
+        self.facts["graph"] = on_gpu
+
+    def __call__(self) -> None:
+        self.step()
 
     @torch.inference_mode()
-    def __call__(self) -> None:
+    def _step(self) -> None:
         self.logits()
 
     def logits(self) -> Tensor:

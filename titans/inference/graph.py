@@ -1,4 +1,4 @@
-"""`StepGraph`: one token's forward pass, recorded once as a CUDA graph and replayed for every token.
+"""`StepGraph`: the forward pass of a token a row, recorded once as a CUDA graph and replayed for every token.
 
 Decoding launches some hundred small kernels a token, which takes longer than to run them; a replay launches
 them all at once.
@@ -20,12 +20,13 @@ class StepGraph:
     """The model's step on buffers of its own: the token goes in, the state moves on where it lies.
 
     For states whose shapes a step leaves as they are (`keeps_its_shape`): those of lmm always, of mag and mal
-    once the window is full, of mac never, whose segment grows.
+    once the window is full, of mac never, whose segment grows. As many rows as the states have.
     """
 
     def __init__(self, model: TitansForCausalLM, states: list[Any]) -> None:
         self._model = model
-        self._ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        rows = next(iter(_tensors(states).values())).shape[0]
+        self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self._states = map_leaves(states, _copied)
         self._logits = torch.empty(0)
         self._replay = record(self._step)  # moves the buffers on: `load` comes next
@@ -45,9 +46,9 @@ class StepGraph:
         return map_leaves(self._states, _copied)
 
     @torch.inference_mode()
-    def step(self, token: Tensor) -> Tensor:
-        """Read one token, `[1]`; the logits `[V]` after it."""
-        self._ids.copy_(token[None])
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read a token in each row, `[B]`; the logits `[B, V]` after them."""
+        self._ids.copy_(tokens[:, None])
         self._replay()
         return self._logits.clone()
 
@@ -64,7 +65,7 @@ class StepGraph:
                 after[name] = leaf.clone()
         for name, buffer in buffers.items():
             buffer.copy_(after[name])
-        self._logits = out.logits[0, -1]
+        self._logits = out.logits[:, -1]
 
 
 def keeps_its_shape(before: list[Any], after: list[Any]) -> bool:

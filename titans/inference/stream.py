@@ -38,7 +38,8 @@ class Stream:
         cache: what an earlier stream has read, one row; it is taken over and changes. None starts anew.
         logits: those after the last token of `cache`, `[V]`; None where nobody needs them.
         piece: tokens per forward pass: speed and memory, not the answer. None: 1,024, on a GPU 16,384.
-        graph: on a GPU, take steps by a CUDA graph as soon as the state keeps its shape (see `StepGraph`).
+        graph: take steps by a CUDA graph as soon as the state keeps its shape (see `StepGraph`). None: where
+            there is a GPU.
 
     Attributes:
         logits: `[V]`, the prediction of the next token; None before the first.
@@ -52,7 +53,7 @@ class Stream:
         *,
         logits: Tensor | None = None,
         piece: int | None = None,
-        graph: bool = False,
+        graph: bool | None = None,
     ) -> None:
         if piece is None:
             piece = PIECE if model.device.type == "cpu" else GPU_PIECE
@@ -65,6 +66,8 @@ class Stream:
         self.logits = logits
         self.tokens_read = 0 if cache is None else cache.seen
         self._cache = cache
+        if graph is None:
+            graph = model.device.type == "cuda"
         self._by_graph = graph and isinstance(model, TitansForCausalLM)
         self._graph: StepGraph | None = None
         self._in_graph = False  # the state is in the graph's buffers, ahead of the cache
@@ -136,7 +139,7 @@ class Stream:
         """By the graph; where there is none yet, a plain step, which shows whether there can be one."""
         if self._in_graph:
             assert self._graph is not None
-            return self._graph.step(ids)
+            return self._graph.step(ids)[0]
         before = list(self._cache.states) if self._cache is not None else []
         logits = self._plain_step(ids)
         after = self.cache.states
