@@ -54,8 +54,8 @@ def _fp32(tensor: Tensor) -> Tensor:
 class Call:
     """The arguments of one call, contiguous; gates fp32 `[B, T, H, sets]`, one set or one for every layer."""
 
-    def __init__(self, x: Any, table: Tensor | None = None) -> None:
-        """table: the plan's, where an earlier call has made it."""
+    def __init__(self, x: Any, table: Tensor | None = None, vectors: Tensor | None = None) -> None:
+        """table: the plan's; vectors: the gates'. The backward has the forward's."""
         self.spec: MemorySpec = x.spec
         self.q, self.k, self.v = x.q.contiguous(), x.k.contiguous(), x.v.contiguous()
         self.B, self.T, self.H, self.D = x.q.shape
@@ -69,6 +69,8 @@ class Call:
         self.log_momentum = gates[-1]  # log_decay where there is none: never read
         self._norm = (x.norm_weight, x.norm_bias)
         self.plan: Plan = make_plan(self.B, self.T, self.C, x.position, x.cu_seqlens, table)
+        if vectors is not None:
+            self.vectors = vectors
         self.exact = self.q.dtype == torch.float32
         self.precision = "ieee" if self.exact else "tf32"  # of products of fp32 tiles; half ones ignore it
 
@@ -102,13 +104,18 @@ class Call:
             grads.gain, grads.bias = (torch.zeros(self.H, self.D, device=self.q.device) for _ in "gb")
         return grads
 
-    def gate_vectors(self, group: tuple[int, int]) -> Tensor:
-        """`[sets, cells, H, ROWS, C]`, see `functions.py`."""
-        cells, plan = group[1] - group[0], self.plan
+    @cached_property
+    def vectors(self) -> Tensor:
+        """`[sets, cells, H, ROWS, C]` of the whole call, see `functions.py`."""
+        cells, plan = self.plan.sizes.cells, self.plan
         vectors = self.scratch(self.sets, cells, self.H, ROWS.value, self.C, dtype=torch.float32)
         run_kernel(
             gate_vectors, (cells, self.H, self.sets), GATES.options,
             self.theta, self.log_decay, self.log_momentum, vectors, plan.table, plan.cell_row,
-            plan.rows, group[0], plan.stride, self.H, self.sets, self.C, self.momentum, self.exact,
+            plan.rows, 0, plan.stride, self.H, self.sets, self.C, self.momentum, self.exact,
         )  # fmt: skip
         return vectors
+
+    def gate_vectors(self, group: tuple[int, int]) -> Tensor:
+        """Those of a group; a set is contiguous, the sets together are not."""
+        return self.vectors[:, group[0] : group[1]]

@@ -1,8 +1,8 @@
 """Forward and backward over the groups of cells.
 
 A group is as many cells as fit a budget of scratch memory. The forward walks the groups once: the serial
-write leaves the state at every chunk's start, the reads of the whole group follow in parallel. Only the state
-at every group's start is kept; the backward walks the groups from the last, writes each again, then takes
+write leaves the state at every chunk's start, the reads of the whole group follow in parallel. Kept are the
+gates as vectors (32 bytes a token and head) and the state at every group's start; the backward walks the groups from the last, writes each again, then takes
 reads and writes back.
 """
 
@@ -29,12 +29,14 @@ def _group_kind(spec: MemorySpec) -> type[LinearGroup] | type[MLPGroup]:
     return LinearGroup if spec.depth == 1 else MLPGroup
 
 
+def sizes_of(x: ChunkedInputs) -> Sizes:
+    return Sizes.of(x.q.shape[0], x.q.shape[1], x.chunk_size, x.position.shape[0], x.cu_seqlens is not None)
+
+
 def groups_of(x: ChunkedInputs) -> list[tuple[int, int]]:
     """Forward and backward must agree on the groups: the kept states lie at their starts."""
-    B, T, H, _ = x.q.shape
-    sizes = Sizes.of(B, T, x.chunk_size, x.position.shape[0], x.cu_seqlens is not None)
     numbers = _group_kind(x.spec).numbers_per_cell(x.spec, x.chunk_size)
-    return sizes.groups(max(1, SCRATCH_BYTES // (numbers * x.q.element_size() * H)))
+    return sizes_of(x).groups(max(1, SCRATCH_BYTES // (numbers * x.q.element_size() * x.q.shape[2])))
 
 
 def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
@@ -54,7 +56,9 @@ def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
         buffers.write(weights, momentum, first, end)
         buffers.read(output)
     weights, momentum, anchor = states.leave(weights, momentum, end)
-    return ChunkedResult(output, weights, momentum, anchor, [call.plan.table, *stacks] if keep else [])
+    return ChunkedResult(
+        output, weights, momentum, anchor, [call.plan.table, call.vectors, *stacks] if keep else []
+    )
 
 
 def backward_pass(
@@ -65,8 +69,8 @@ def backward_pass(
     grad_momentum: Tensors,
     grad_anchor: Tensors,
 ) -> ChunkedGradients:
-    table, *stacks = kept
-    call, kind = Call(x, table), _group_kind(x.spec)
+    table, vectors, *stacks = kept
+    call, kind = Call(x, table, vectors), _group_kind(x.spec)
     states = States(table, x.chunk_size, call.momentum)
     d_weights, d_momentum, d_first, d_end = states.gradients_enter(grad_weights, grad_momentum, grad_anchor)
     weights, momentum, first, end = states.enter(x.weights, x.momentum, x.anchor)
