@@ -7,16 +7,8 @@ import re
 import pytest
 
 from titans.data.tokenizer import byte_tokenizer
-from titans.evaluation.needle import (
-    NOISE,
-    PAPER_NAMES,
-    TASKS,
-    NeedleTask,
-    _Draws,
-    samples,
-    score,
-    split_sentences,
-)
+from titans.evaluation.haystack import split_sentences
+from titans.evaluation.needle import NOISE, PAPER_NAMES, TASKS, Draws, NeedleTask, samples, score
 from titans.evaluation.needle_words import ADJECTIVES, NOUNS
 
 WORDS = r"[a-z]+-[a-z]+"
@@ -221,5 +213,5 @@ def test_a_value_drawn_twice_is_drawn_again():
         def randint(self, a: int, b: int) -> int:
             return next(self.numbers)
 
-    draws = _Draws(Repeating(0), TASKS["niah_multivalue"])
+    draws = Draws(Repeating(0), TASKS["niah_multivalue"])
     assert [draws.value(), draws.value()] == ["1000000", "1000001"]

@@ -14,7 +14,6 @@ the answer. What differs:
 
 import itertools
 import random
-import re
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,12 +22,10 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from titans.evaluation.haystack import LengthCounter, SentenceRing, TokenCounter, fill, split_sentences
 from titans.evaluation.needle_words import ADJECTIVES, NOUNS
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]\u2019\u201d])\s+")
-
-TokenCounter = Callable[[str], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,43 +132,14 @@ def samples(
     sentences = split_sentences(haystack) if task.haystack == "essay" else []
     if task.haystack == "essay" and not sentences:
         raise ValueError(f"haystack: {task.name} hides its needles in the caller's texts, got none")
-    maker = _Maker(task, length, _Counter(count_tokens), sentences)
+    maker = _Maker(task, length, LengthCounter(count_tokens), sentences)
     return (
         maker.sample(index, random.Random(f"{task.name}/{seed}/{index}"), depth)
         for index in itertools.count(start)
     )
 
 
-def split_sentences(texts: Iterable[str]) -> list[str]:
-    """Sentences of all ``texts`` with single spaces; a text without a full stop is one sentence."""
-    return [
-        sentence for text in texts for sentence in _SENTENCE_END.split(" ".join(text.split())) if sentence
-    ]
-
-
-class _Counter:
-    """Tokens that a text adds after the end of a sentence.
-
-    Counted alone, a text may have more: SentencePiece puts a space in front of every text it is given, one
-    token in 25 if added to each line of noise.
-    """
-
-    def __init__(self, count_tokens: TokenCounter | PreTrainedTokenizerBase):
-        if isinstance(count_tokens, PreTrainedTokenizerBase):
-            tokenizer = count_tokens
-            self.count: TokenCounter = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-        else:
-            self.count = count_tokens
-        self._stop = self.count(".")
-
-    def after_stop(self, text: str) -> int:
-        tokens = self.count("." + text) - self._stop
-        if tokens < 1:  # a haystack of such texts would never fill the context
-            raise ValueError(f"count_tokens: expected at least 1 token for {text!r}, got {tokens}")
-        return tokens
-
-
-class _Draws:
+class Draws:
     """Keys and values of one sample, no true key and no value twice."""
 
     def __init__(self, rng: random.Random, task: NeedleTask):
@@ -213,9 +181,9 @@ class _Draws:
 class _Maker:
     """What all samples of one call share: the sentences and their lengths, counted when first used."""
 
-    def __init__(self, task: NeedleTask, length: int, counter: _Counter, sentences: Sequence[str]):
-        self.task, self.length, self.counter, self.sentences = task, length, counter, sentences
-        self.lengths: list[int | None] = [None] * len(sentences)
+    def __init__(self, task: NeedleTask, length: int, counter: LengthCounter, sentences: Sequence[str]):
+        self.task, self.length, self.counter = task, length, counter
+        self.ring = SentenceRing(sentences, counter)
         self.separator = " " if task.haystack == "essay" else "\n"
         # The context's first sentence follows a line break, which may cost a token more than a space.
         of_break, of_separator = counter.after_stop("\nThe"), counter.after_stop(self.separator + "The")
@@ -223,14 +191,14 @@ class _Maker:
 
     def sample(self, index: int, rng: random.Random, depth: float | None) -> NeedleSample:
         task = self.task
-        draws = _Draws(rng, task)
+        draws = Draws(rng, task)
         values = {draws.key(): [draws.value() for _ in range(task.values)] for _ in range(task.keys)}
         asked = rng.sample(list(values), task.queries)
         answers = tuple(value for key in asked for value in values[key])
         # The needle of the first answer comes first: the chosen depth is its.
         order = [*asked, *(key for key in values if key not in asked)]
-        needles = [_needle(task, key, value) for key in order for value in values[key]]
-        instruction, question = _frame(task, asked)
+        needles = [needle_sentence(task, key, value) for key in order for value in values[key]]
+        instruction, question = frame(task, asked)
 
         fixed = self.counter.count(instruction) + self.first_line_tokens + self.counter.after_stop(question)
         fixed += sum(self.counter.after_stop(self.separator + needle) for needle in needles)
@@ -239,7 +207,7 @@ class _Maker:
                 f"length: the needles and the question of {task.name} alone take {fixed} tokens, "
                 f"got {self.length}"
             )
-        pieces, ends = self._fill(rng, draws, self.length - fixed)
+        pieces, ends = fill(self._units(rng, draws), self.length - fixed)
         shares = [rng.random() for _ in needles]
         if depth is not None:
             shares[0] = depth
@@ -256,44 +224,26 @@ class _Maker:
             tokens=fixed + ends[-1],
         )
 
-    def _fill(self, rng: random.Random, draws: _Draws, budget: int) -> tuple[list[str], list[int]]:
-        """Sentences of at most ``budget`` tokens, and the tokens before each of them and after the last."""
-        pieces: list[str] = []
-        ends = [0]
-        for piece, tokens in self._units(rng, draws):
-            if ends[-1] + tokens > budget:
-                break
-            pieces.append(piece)
-            ends.append(ends[-1] + tokens)
-        return pieces, ends
-
-    def _units(self, rng: random.Random, draws: _Draws) -> Iterator[tuple[str, int]]:
+    def _units(self, rng: random.Random, draws: Draws) -> Iterator[tuple[str, int]]:
         """The haystack without end, each unit with its tokens."""
         if self.task.haystack == "noise":
             yield from itertools.repeat((NOISE, self._tokens(NOISE)))
         elif self.task.haystack == "needle":
             while True:
-                line = _needle(self.task, draws.distracting_key(), draws.value())
+                line = needle_sentence(self.task, draws.distracting_key(), draws.value())
                 yield line, self._tokens(line)
         else:
-            first = rng.randrange(len(self.sentences))
-            for i in itertools.chain(
-                range(first, len(self.sentences)), itertools.cycle(range(len(self.sentences)))
-            ):
-                tokens = self.lengths[i]
-                if tokens is None:
-                    tokens = self.lengths[i] = self._tokens(self.sentences[i])
-                yield self.sentences[i], tokens
+            yield from self.ring.read(rng)
 
     def _tokens(self, unit: str) -> int:
         return self.counter.after_stop(self.separator + unit)
 
 
-def _needle(task: NeedleTask, key: str, value: str) -> str:
+def needle_sentence(task: NeedleTask, key: str, value: str) -> str:
     return f"One of the special magic {task.value_type} for {key} is: {value}."
 
 
-def _frame(task: NeedleTask, asked: Sequence[str]) -> tuple[str, str]:
+def frame(task: NeedleTask, asked: Sequence[str]) -> tuple[str, str]:
     """The instruction before the context and the question after it; singular where one value is asked for."""
     if task.queries * task.values == 1:
         kind, some, are, are_all = task.value_type.removesuffix("s"), "A", "is", "is"
