@@ -22,7 +22,7 @@ LAYERS = [
     ("ops",),
     ("nn", "testing"),
     ("models",),
-    ("data", "training", "evaluation", "inference", "recipes", "benchmark", "inspection"),
+    ("data", "training", "evaluation", "tasks", "inference", "recipes", "benchmark", "inspection"),
     ("cli",),
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

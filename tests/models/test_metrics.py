@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from titans.nn import MemoryMetrics
+from titans.nn.memory import MemoryCore
+from titans.nn.metrics import WriteShares
 
 
 def test_metrics_are_those_of_the_last_state(build, tokens):
@@ -41,3 +43,21 @@ def test_metrics_of_ragged_batches_and_every_variant(variant, build, tokens):
         model(tokens(1, 30), cu_seqlens=torch.tensor([0, 11, 11, 30], dtype=torch.int32))
     assert (metrics.means() == {}) == (variant == "attention")
     assert all(value == value for value in metrics.means().values())
+
+
+def test_write_shares_are_the_gates_over_their_bounds(build, tokens):
+    """A quarter in an untrained model (half of the largest step, and eta starts at a half), with a gradient."""
+    model, ids = build("lmm"), tokens(2, 13)
+    for memory in (module for module in model.modules() if isinstance(module, MemoryCore)):
+        memory.gates.reset_parameters()
+    with MemoryMetrics(model) as metrics, WriteShares(model) as shares:
+        model(ids)
+    assert shares.mean().item() == pytest.approx(0.25)
+    shares.mean().backward()
+    assert all(
+        memory.gates.bias.grad.abs().sum() > 0 for memory in model.modules() if isinstance(memory, MemoryCore)
+    )
+    assert metrics.means()  # both watched
+    with WriteShares(build("attention")) as shares:
+        build("attention")(ids)
+    assert shares.mean() == 0

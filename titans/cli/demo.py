@@ -12,7 +12,7 @@ from titans.data.sources import PYTHON_DOCS
 from titans.errors import UserError
 from titans.recipes import load_recipe
 from titans.training.checkpoints import checkpoints_in
-from titans.training.recipe import Recipe
+from titans.training.recipe import DataSettings, Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,8 +49,10 @@ def run(arguments: Arguments) -> int:
 
 def demo(recipe: Recipe, source: str, out: Path) -> int:
     """Everything, in order; returns the exit code (130: interrupted, and can go on)."""
-    recipe = replace(recipe, data=replace(recipe.data, folder=out / "data"))
-    _prepare(source, recipe, out)
+    assert isinstance(recipe.data, DataSettings)
+    data = replace(recipe.data, folder=out / "data")
+    recipe = replace(recipe, data=data)
+    _prepare(source, data, out)
 
     import torch
     from rich.console import Console
@@ -67,7 +69,7 @@ def demo(recipe: Recipe, source: str, out: Path) -> int:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     console = Console(highlight=False, soft_wrap=True)
-    train_shards, validation = TokenShards(recipe.data.folder), TokenShards(recipe.data.folder, "val")
+    train_shards, validation = TokenShards(data.folder), TokenShards(data.folder, "val")
     console.rule("1. text")
     console.print(f"{source}: {len(train_shards):,} tokens to train on, {len(validation):,} held out")
     baselines = ngram_losses(train_shards, validation)
@@ -88,7 +90,7 @@ def demo(recipe: Recipe, source: str, out: Path) -> int:
     _generate(loaded, validation)
 
     console.rule("4. one long stream of held-out text, in constant memory")
-    stream, restarted = _stream(loaded, validation, recipe.data.sequence_length, console)
+    stream, restarted = _stream(loaded, validation, data.sequence_length, console)
 
     console.rule("result")
     log = read_log(out / LOG_NAME)
@@ -99,9 +101,9 @@ def demo(recipe: Recipe, source: str, out: Path) -> int:
     return 0
 
 
-def _prepare(source: str, recipe: Recipe, out: Path) -> None:
+def _prepare(source: str, data: DataSettings, out: Path) -> None:
     """Token shards of ``source``, made anew until there is a checkpoint that depends on them."""
-    folder = recipe.data.folder
+    folder = data.folder
     started = bool(checkpoints_in(out))
     if started:
         made_of = Meta.read(folder).sources
@@ -109,7 +111,7 @@ def _prepare(source: str, recipe: Recipe, out: Path) -> None:
             raise UserError(f"{out} holds a run on {', '.join(made_of)}, not {source}: choose another --out")
     else:
         prepare([source], folder, validation_fraction=_VALIDATION_FRACTION, overwrite=True)
-    expected = recipe.data.sequence_length
+    expected = data.sequence_length
     for name, split in Meta.read(folder).splits.items():
         if split.tokens < expected:
             raise UserError(

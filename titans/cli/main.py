@@ -19,6 +19,7 @@ from titans.errors import UserError, unknown_name
 
 COMMANDS = {
     "prepare": "turn text into token shards",
+    "haystack": "turn books into a haystack for needle tasks",
     "train": "train a recipe on token shards",
     "generate": "continue a text with a trained model",
     "memorize": "read text of any length into a memory file",

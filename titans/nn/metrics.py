@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 
@@ -78,6 +79,47 @@ class MemoryMetrics:
         if write.gates.log_momentum is not None:
             seen["eta"] = write.gates.log_momentum.exp().mean()
         self.by_memory[name] = seen
+
+
+class WriteShares:
+    """How much of the largest step all tokens take, differentiable: a term for the loss.
+
+        with WriteShares(model) as shares:
+            loss = model(ids, labels=ids).loss
+        loss = loss + 0.1 * shares.mean()
+
+    Who else observes the memories still does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._memories = [module for module in model.modules() if isinstance(module, MemoryCore)]
+        self._before = [memory.observer for memory in self._memories]
+        self._shares: list[Tensor] = []
+
+    def __enter__(self) -> WriteShares:
+        for memory, before in zip(self._memories, self._before, strict=True):
+            memory.observer = partial(self._observe, memory, before)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for memory, before in zip(self._memories, self._before, strict=True):
+            memory.observer = before
+
+    def mean(self) -> Tensor:
+        """Mean over memories, tokens, heads and memory layers, 0 to 1; zero for a model without memories."""
+        return torch.stack(self._shares).mean() if self._shares else torch.zeros(())
+
+    def _observe(
+        self, memory: MemoryCore, before: Callable[[MemoryWrite], None] | None, write: MemoryWrite
+    ) -> None:
+        if before is not None:
+            before(write)
+        theta, bounds = write.gates.theta, memory.gates.max_steps
+        # Gates per memory layer have a bound each; one gate for all has the same bound everywhere.
+        layers = theta.unbind(-1) if theta.dim() == 4 else [theta]
+        self._shares += [layer.mean() / bound for layer, bound in zip(layers, bounds, strict=False)]
 
 
 def _norm(layers: tuple[Tensor, ...]) -> Tensor:

@@ -7,11 +7,29 @@ from pathlib import Path
 
 from titans.errors import UserError, unknown_name
 from titans.recipes.demo import demo_mac
+from titans.recipes.mqar import mqar_attention, mqar_lmm, mqar_lmm_f256, mqar_lmm_linear
+from titans.recipes.needle import (
+    needle_attention,
+    needle_lmm,
+    needle_lmm_f256,
+    needle_lmm_linear,
+    needle_lmm_rectified,
+    needle_mac,
+    needle_mag,
+    needle_mal,
+    needle_sliding,
+)
 from titans.recipes.tiny import tiny_attention, tiny_lmm, tiny_mac, tiny_mag, tiny_mal
 from titans.training.recipe import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (demo_mac, tiny_lmm, tiny_mac, tiny_mag, tiny_mal, tiny_attention)
+    recipe.__name__: recipe
+    for recipe in (
+        *(demo_mac, tiny_lmm, tiny_mac, tiny_mag, tiny_mal, tiny_attention),
+        *(needle_lmm, needle_lmm_rectified, needle_lmm_linear, needle_lmm_f256),
+        *(needle_mac, needle_mag, needle_mal, needle_attention, needle_sliding),
+        *(mqar_lmm, mqar_lmm_linear, mqar_lmm_f256, mqar_attention),
+    )
 }
 
 

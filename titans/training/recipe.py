@@ -5,6 +5,7 @@ another with ``dataclasses.replace``. The command line overrides fields (``--tra
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ from titans.errors import UserError
 
 if TYPE_CHECKING:  # the models import transformers, which takes seconds: recipes are listed without it
     from titans.models import TitansConfig
+    from titans.training.data import TrainingData
 
 Variant = Literal["lmm", "mac", "mag", "mal", "attention"]
 Precision = Literal["fp32", "bf16"]
@@ -42,16 +44,32 @@ class ModelSettings:
     """Width of the memory's hidden layers over memory_head_dim."""
     memory_head_dim: int | None = None
     """Width of a memory head."""
+    memory_activation: str | None = None
+    """Of the memory's hidden layers: gelu, gelu_tanh or silu."""
+    memory_residual: bool | None = None
+    """Add the memory's input to its output."""
+    memory_norm: bool | None = None
+    """Normalise the memory's output before the residual."""
     memory_momentum: bool | None = None
     """Carry past surprise (eta) in the memory's update."""
+    memory_momentum_init: float | None = None
+    """eta of an untrained layer."""
+    memory_gates_per_layer: bool | None = None
+    """Gates for every layer of the memory instead of one for all."""
+    memory_forget_gate: str | None = None
+    """rectified, sigmoid or none."""
+    memory_step_gate: str | None = None
+    """sigmoid, or hard: a token can write nothing at all."""
     memory_max_step: float | None = None
     """Bound on the inner step over time."""
+    conv_size: int | None = None
+    """Width of the convolution after q, k and v."""
     chunk_size: int | None = None
     """Tokens whose inner gradients share one anchor."""
     segment_size: int | None = None
     """Tokens that attend to one another in mac; a multiple of chunk_size."""
     window_size: int | None = None
-    """Sliding window of attention in mag, mal and attention."""
+    """Sliding window of attention in mag, mal and attention; 0: full attention (variant attention alone)."""
     num_persistent_tokens: int | None = None
     """Learned tokens before every segment or window."""
 
@@ -65,11 +83,26 @@ class ModelSettings:
         from titans.models import TitansConfig
 
         own = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if own.get("window_size") == 0:
+            own["window_size"] = None
         return TitansConfig.named(own.pop("size"), vocab_size=vocab_size, **own, **token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
+class DataSource:
+    """Where training sequences come from; what is needed for it stands in the subclasses."""
+
+    def open(self, training: "TrainingSettings") -> "TrainingData":
+        """Sequences for the training loop.
+
+        Raises:
+            UserError: something that they are made of is missing or does not fit.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(DataSource):
     """Which token shards to read (``titans prepare`` makes them), and how."""
 
     folder: Path
@@ -78,7 +111,12 @@ class DataSettings:
     """Tokens of one training sequence."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 2, "sequence_length")
+        at_least(self, 2, "sequence_length")
+
+    def open(self, training: "TrainingSettings") -> "TrainingData":
+        from titans.training.data import open_shards
+
+        return open_shards(self, training)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +141,9 @@ class TrainingSettings:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    write_penalty: float = 0.0
+    """Weight in the loss of the mean step of all tokens over the largest one: tokens that hold nothing to be
+    remembered learn to write nothing. Grows from 0 at a quarter of the run to this at its half."""
     precision: Precision = "fp32"
     """bf16: matrix products in bfloat16 (autocast); parameters, gates and memory stay fp32."""
     gradient_checkpointing: bool = False
@@ -123,14 +164,14 @@ class TrainingSettings:
     """Processes that read data."""
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             self,
             1,
             *("steps", "batch_size", "gradient_accumulation_steps"),
             *("eval_every", "eval_sequences", "save_every", "keep"),
         )
-        _at_least(self, 0, "warmup_steps", "weight_decay", "num_workers", "seed")
-        _above_zero(self, "learning_rate", "max_grad_norm")
+        at_least(self, 0, "warmup_steps", "weight_decay", "write_penalty", "num_workers", "seed")
+        above_zero(self, "learning_rate", "max_grad_norm")
         for name in ("beta1", "beta2", "min_learning_rate_ratio"):
             value = getattr(self, name)
             # A beta of 1 would never forget; a ratio of 1 is a constant rate, which is fine.
@@ -150,7 +191,7 @@ class LoggingSettings:
     """Steps between measurements of the memory's norms and gates; 0: never."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "memory_metrics_every")
+        at_least(self, 0, "memory_metrics_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,24 +199,25 @@ class Recipe:
     """A whole training run."""
 
     model: ModelSettings
-    data: DataSettings
+    data: DataSource
     training: TrainingSettings
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""
-        plain = dataclasses.asdict(self)
-        plain["data"]["folder"] = str(self.data.folder)
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return plain
 
 
-def _at_least(settings: Any, least: int, *names: str) -> None:
+def at_least(settings: Any, least: int, *names: str) -> None:
+    """Raise a UserError that names the option unless the fields ``names`` are at least ``least``."""
     for name in names:
         if not (value := getattr(settings, name)) >= least:  # written so that NaN fails
             raise UserError(f"{_section(settings)}.{name}: expected at least {least}, got {value}")
 
 
-def _above_zero(settings: Any, *names: str) -> None:
+def above_zero(settings: Any, *names: str) -> None:
+    """The same for fields that must be above 0."""
     for name in names:
         if not (value := getattr(settings, name)) > 0:
             raise UserError(f"{_section(settings)}.{name}: expected a number above 0, got {value}")
@@ -183,4 +225,8 @@ def _above_zero(settings: Any, *names: str) -> None:
 
 def _section(settings: Any) -> str:
     """ "training" for TrainingSettings: what the option is called on the command line."""
-    return type(settings).__name__.removesuffix("Settings").lower()
+    return (
+        "data"
+        if isinstance(settings, DataSource)
+        else type(settings).__name__.removesuffix("Settings").lower()
+    )

@@ -31,9 +31,10 @@ Ending = Literal["finished", "interrupted", "diverged"]
 
 # What a resumed run may not change: it would be another model, or another order of the data.
 _FIXED = (
-    *("model.", "data.sequence_length"),
+    *("model.", "data."),
     *("training.seed", "training.batch_size", "training.gradient_accumulation_steps"),
 )
+_WHERE = ("data.folder", "data.haystack")  # the same files may lie elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,8 @@ def train(
             out=out,
             train_dataset=data.train,
             eval_dataset=data.validation,
+            in_order=data.in_order,
+            answers=data.answers,
             data_collator=data.collate,
             processing_class=data.tokenizer,
             recipe_json=json.dumps(provenance(recipe), indent=1) + "\n",
@@ -126,12 +129,11 @@ def build_model(recipe: Recipe, data: TrainingData) -> PreTrainedModel:
     """The recipe's model for the data's vocabulary, freshly initialised from the global random state."""
     from titans.models import TitansForCausalLM
 
-    tokenizer = data.tokenizer
     config = recipe.model.build(
         data.vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=getattr(data.tokenizer, "bos_token_id", None),
+        eos_token_id=getattr(data.tokenizer, "eos_token_id", None),
+        pad_token_id=getattr(data.tokenizer, "pad_token_id", None),
     )
     return TitansForCausalLM(config)
 
@@ -212,6 +214,8 @@ def _check_same_run(recipe: Recipe, data: TrainingData, checkpoint: Path) -> Non
         return
     before, now = _flat(saved), _flat(recipe.to_dict())
     for name in now:
+        if name in _WHERE:
+            continue
         if name.startswith(_FIXED) and before.get(name) != now[name]:
             raise UserError(
                 f"{checkpoint} was made with {name} = {before.get(name)}, the recipe now says {now[name]}: "

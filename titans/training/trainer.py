@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from titans.nn.metrics import MemoryMetrics
+from titans.nn.metrics import MemoryMetrics, WriteShares
 from titans.training.checkpoints import (
     RECIPE_NAME,
     checkpoint_path,
@@ -49,6 +49,31 @@ class ShuffledForever(Sampler[int]):
             generator = torch.Generator().manual_seed(self._seed + start // self._length)
             order = torch.randperm(self._length, generator=generator).tolist()
             yield from order[: self._total - start]
+
+
+def right_answers(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens asked for that are the likeliest, answers all of whose tokens are, and the number of answers.
+
+    logits `[B, T, V]`, not shifted; labels `[B, T]`, an answer being a run of labels other than -100.
+    """
+    asked = labels[:, 1:] != -100
+    right = asked & (logits[:, :-1].argmax(-1) == labels[:, 1:])
+    first = asked.clone()
+    first[:, 1:] &= ~asked[:, :-1]
+    # Each answer counts its wrong tokens in a place of its own; the last place is no answer's.
+    answer = torch.where(asked.flatten(), first.flatten().cumsum(0) - 1, asked.numel())
+    wrong = torch.zeros(asked.numel() + 1, device=labels.device).index_add(
+        0, answer, (asked & ~right).flatten().float()
+    )
+    spoiled = (wrong[:-1] > 0).sum()
+    return right.sum(), first.sum() - spoiled, first.sum()
+
+
+def _ramp(progress: float) -> float:
+    """0 in the first quarter of a run, 1 in its second half: first a model must learn what to write."""
+    return min(max(4 * progress - 1, 0.0), 1.0)
 
 
 def training_arguments(settings: TrainingSettings, out: Path, *, evaluate: bool) -> TrainingArguments:
@@ -90,17 +115,21 @@ def training_arguments(settings: TrainingSettings, out: Path, *, evaluate: bool)
 class TitansTrainer(Trainer):
     """The loop is transformers'; this class changes four things.
 
-    1. Data order: ``ShuffledForever``.
+    1. Data order: ``ShuffledForever``, or the data's own.
     2. A loss or gradient norm that is not finite raises ``NonFiniteError`` before the optimiser.
     3. A checkpoint is written beside its final place and renamed when it is whole; the last ``keep`` stay.
        With it goes ``recipe_json``.
-    4. The validation loss is a mean over tokens, and logs are tokens and seconds, not epochs and samples.
+    4. The validation loss is a mean over tokens, with the share of right answers where there are any, and
+       logs are tokens and seconds, not epochs and samples.
 
     Args:
         settings: the recipe's training part.
         out: the output folder.
         train_dataset, eval_dataset: map-style; their items are what ``data_collator`` makes batches of.
         recipe_json: text to store with every checkpoint.
+        in_order: the items of ``train_dataset``, one for each forward pass, come in their order.
+        answers: validation counts the labels that are the likeliest tokens, and the runs of labels (answers)
+            that are so from the first to the last.
         memory_metrics_every: steps between measurements of the memory's norms and gates; 0: never.
     """
 
@@ -115,15 +144,20 @@ class TitansTrainer(Trainer):
         train_dataset: Dataset[Any],
         eval_dataset: Dataset[Any] | None,
         recipe_json: str,
+        in_order: bool = False,
+        answers: bool = False,
         memory_metrics_every: int = 0,
         **others: Any,
     ):
         self._settings = settings
         self._out = out
         self._recipe_json = recipe_json
+        self._in_order = in_order
+        self._answers = answers
         self._last_loss: torch.Tensor | None = None
         self._memory_metrics_every = memory_metrics_every
         self._memory_metrics: dict[str, float] = {}
+        self._write_share: torch.Tensor | None = None
         self._clock = time.perf_counter()
         self._tokens_at_clock = 0
         self._staging: Path | None = None
@@ -140,6 +174,8 @@ class TitansTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         settings = self._settings
+        if self._in_order:
+            return SequentialSampler(dataset)
         per_step = settings.batch_size * settings.gradient_accumulation_steps * self.args.world_size
         return ShuffledForever(len(dataset), settings.steps * per_step, settings.seed)
 
@@ -173,6 +209,36 @@ class TitansTrainer(Trainer):
             self._memory_metrics = {f"memory_{name}": value for name, value in metrics.means().items()}
         return self._last_loss
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """In training: the loss on answers alone where there are answers, and what writing costs."""
+        if return_outputs or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        weight = self._settings.write_penalty * _ramp(self.state.global_step / self._settings.steps)
+        with WriteShares(model) if weight else contextlib.nullcontext() as shares:
+            if self._answers and self.args.world_size == 1:  # several processes must go through the wrapper
+                loss = self._answer_loss(self.accelerator.unwrap_model(model), inputs)
+            else:
+                loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if shares is not None:
+            self._write_share = shares.mean()
+            loss = loss + weight * self._write_share
+        return loss
+
+    def _answer_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """The model's loss without the logits of all the tokens that nothing is asked at."""
+        labels = inputs["labels"][:, 1:]
+        asked = labels != -100
+        with self.accelerator.autocast():
+            hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+            logits = model.lm_head(hidden[:, :-1][asked])
+        return nn.functional.cross_entropy(logits.float(), labels[asked])
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once per step, after clipping and before the optimiser: the last moment to refuse."""
         norm = super()._get_grad_norm(model, grad_norm)
@@ -198,16 +264,21 @@ class TitansTrainer(Trainer):
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        total = torch.zeros(5, dtype=torch.float64, device=self.args.device)
         for inputs in self.get_eval_dataloader(eval_dataset):
             inputs = self._prepare_inputs(inputs)
             count = (inputs["labels"][..., 1:] != -100).sum()  # labels are shifted inside the model
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs)
-            total += torch.stack([loss.detach().double() * count, count.double()])
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            total[:2] += torch.stack([loss.detach().double() * count, count.double()])
+            if self._answers:
+                total[2:] += torch.stack(right_answers(outputs.logits, inputs["labels"]))
         total = self.accelerator.reduce(total)
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
+        if self._answers:
+            metrics[f"{metric_key_prefix}_token_accuracy"] = (total[2] / total[1]).item()
+            metrics[f"{metric_key_prefix}_answer_accuracy"] = (total[3] / total[4]).item()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._restart_clock()
@@ -223,6 +294,8 @@ class TitansTrainer(Trainer):
             seen = self.state.num_input_tokens_seen
             logs["tokens_seen"] = seen
             logs |= self._memory_metrics
+            if self._write_share is not None:
+                logs["write_share"] = self._write_share.item()
             self._memory_metrics = {}
             seconds = time.perf_counter() - self._clock
             logs["tokens_per_second"] = round((seen - self._tokens_at_clock) / seconds, 1)

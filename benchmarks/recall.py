@@ -1,0 +1,308 @@
+"""Needles far beyond the training length: small models trained for minutes, then tested at up to 2M tokens.
+
+    python benchmarks/recall.py --recipes needle_lmm needle_mag --seeds 0 1 --seconds 240 \
+        --train runs/recall/train.npz --test runs/recall/test.npz --llama-tokenizer tokenizer.model
+    python benchmarks/recall.py --recipes mqar_lmm --steps 1000
+
+Every (recipe, seed) is a process of its own that trains, then tests; so many run side by side on every
+visible GPU (or on the CPU). Samples of the tests, of the published form and from other books than the
+training's, are made meanwhile. An answer counts when it is exactly what greedy decoding would begin with.
+Rows are written as they come, into one JSON file; each process writes what it says to a file beside it.
+
+The haystacks are made by `titans haystack`; lengths are in Llama-2 tokens, the paper's.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from titans.benchmark.harness import RESULTS, Session, print_table
+from titans.benchmark.machine import ROOT
+
+LENGTHS = tuple(1 << power for power in range(11, 22))
+
+
+@dataclass(frozen=True)
+class Options:
+    """recipes, seeds: every pair is trained. train, test: haystacks. llama_tokenizer: SentencePiece model by
+    which lengths are told. seconds: of each training, start included; steps: instead. tasks, lengths,
+    samples: of the tests, the samples for each task and length. rows: of them at once (None: all).
+    attention_length: longest test of full attention. token_lengths: of MQAR's tests.
+    evaluation_seconds: for each model's tests, after which nothing more is begun. jobs_per_gpu: processes.
+    workers: that read data, for each process. tokens_per_batch, train_lengths: other than the recipe's.
+    sample_jobs: processes that make samples. threads: of PyTorch in each process. save: folder for weights.
+    dtype: of those. work: folder for samples and logs. output, out: the JSON file's folder and name.
+    commit: of the code, where git cannot tell."""
+
+    recipes: tuple[str, ...] = ("needle_lmm",)
+    seeds: tuple[int, ...] = (0,)
+    train: Path = Path("runs/recall/train.npz")
+    test: Path = Path("runs/recall/test.npz")
+    llama_tokenizer: Path = Path("llama2_tokenizer.model")
+    seconds: float | None = None
+    steps: int | None = None
+    tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_single_3")
+    lengths: tuple[int, ...] = LENGTHS
+    samples: int = 16
+    rows: int | None = None
+    attention_length: int = 65536
+    token_lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 16384, 65536)
+    evaluation_seconds: float = 600.0
+    jobs_per_gpu: int = 1
+    workers: int = 4
+    tokens_per_batch: int | None = None
+    train_lengths: tuple[int, ...] = ()
+    learning_rate: float | None = None
+    sample_jobs: int = 8
+    threads: int = 2
+    save: Path | None = None
+    dtype: str = "bfloat16"
+    work: Path = Path("runs/recall/work")
+    output: Path = RESULTS
+    out: str = "recall"
+    commit: str | None = None
+
+
+def test_path(options: Options, task: str, length: int) -> Path:
+    return options.work / f"{task}-{length}.npz"
+
+
+# The process of one run
+
+
+def run(options: Options, name: str, seed: int, rows_path: Path) -> None:
+    """Train and test; a line for every row, as it comes."""
+    import torch
+    from rich.console import Console
+
+    from titans.recipes import load_recipe
+    from titans.tasks.experiment import needle_rows, save_weights, token_rows, train_model, with_steps
+    from titans.tasks.settings import TaskSettings
+
+    torch.set_num_threads(options.threads)
+    recipe = load_recipe(name)
+    assert isinstance(recipe.data, TaskSettings), f"{name}: expected a recipe on tasks"
+    data = recipe.data if recipe.data.of_tokens else replace(recipe.data, haystack=options.train)
+    if options.tokens_per_batch:
+        data = replace(data, tokens_per_batch=options.tokens_per_batch)
+    if options.train_lengths:
+        data = replace(data, lengths=options.train_lengths)
+    training = replace(recipe.training, seed=seed, num_workers=options.workers)
+    if options.learning_rate:
+        training = replace(training, learning_rate=options.learning_rate)
+    if not torch.cuda.is_available():
+        training = replace(training, precision="fp32")
+    recipe = replace(recipe, data=data, training=training)
+    if options.steps:
+        recipe = with_steps(recipe, options.steps)
+
+    def say(row: dict[str, Any]) -> None:
+        with rows_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"model": name, "seed": seed} | row) + "\n")
+
+    trained = train_model(
+        recipe, seconds=None if options.steps else options.seconds, console=Console(file=sys.stderr)
+    )
+    say({"kind": "training"} | trained.row)
+    if options.save is not None:
+        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
+        save_weights(trained.model, options.save / f"{name}-{seed}.safetensors", dtype)
+    until = time.monotonic() + options.evaluation_seconds
+    if data.of_tokens:
+        for row in token_rows(trained.model, data, options.token_lengths, samples=64, seed=10**6 + seed):
+            say({"kind": "test"} | row)
+        return
+    full = recipe.model.variant == "attention" and recipe.model.window_size == 0
+    paths = [
+        test_path(options, task, length)
+        for length in options.lengths
+        for task in options.tasks
+        if not full or length <= options.attention_length
+    ]
+    for row in needle_rows(trained.model, paths, rows=options.rows, until=until):
+        say({"kind": "test"} | row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+# The samples of the tests
+
+
+@cache
+def _haystack(path: Path, llama_tokenizer: Path) -> tuple[Any, Any]:
+    """Once a process."""
+    import sentencepiece
+
+    from titans.data.sentences import SentenceTokens
+    from titans.tasks.needle_test import length_counter
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(llama_tokenizer))
+    haystack = SentenceTokens.load(path)
+    return haystack, length_counter(haystack, lambda text: len(model.encode(text)))
+
+
+def make_samples(options: Options, task: str, length: int) -> None:
+    from titans.evaluation.needle import TASKS
+    from titans.tasks.needle_test import make_test
+
+    haystack, count = _haystack(options.test, options.llama_tokenizer)
+    path = test_path(options, task, length)
+    make_test(TASKS[task], length, options.samples, haystack, count, seed=0).save(path)
+
+
+# The whole
+
+
+def main(options: Options) -> None:
+    if (options.seconds is None) == (options.steps is None):
+        sys.exit("expected either --seconds or --steps")
+    import torch
+
+    from titans.recipes import load_recipe
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    gpus = torch.cuda.device_count()
+    slots = [str(gpu) for gpu in range(gpus)] * options.jobs_per_gpu or [""] * options.jobs_per_gpu
+    waiting = [(name, seed) for seed in options.seeds for name in options.recipes]
+    needles = any(not getattr(load_recipe(name).data, "of_tokens", False) for name in options.recipes)
+    plain = json.loads(json.dumps(asdict(options), default=str))
+    session = Session(
+        options.out,
+        Path(__file__).resolve(),
+        plain,
+        options.threads,
+        command=" ".join(["python", str(Path(__file__).resolve().relative_to(ROOT)), *sys.argv[1:]]),
+        commit=options.commit,
+        output=options.output,
+    )
+    running: dict[subprocess.Popen[bytes], tuple[str, str, Path]] = {}
+    read: dict[Path, int] = {}
+
+    def collect() -> None:
+        new = False
+        for path in list(read):
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            for line in lines[read[path] :]:
+                if line.endswith("\n"):
+                    session.rows.append(json.loads(line))
+                    read[path] += 1
+                    new = True
+        if new:
+            session.save()
+
+    # Not forked: PyTorch has threads here.
+    pool = ProcessPoolExecutor(options.sample_jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        if needles:
+            made = [
+                pool.submit(make_samples, options, task, length)
+                for length in options.lengths
+                for task in options.tasks
+                if not test_path(options, task, length).exists()
+            ]
+        while waiting or running:
+            while waiting and slots:
+                name, seed = waiting.pop(0)
+                gpu = slots.pop(0)
+                path = options.work / f"{name}-{seed}.jsonl"
+                path.unlink(missing_ok=True)
+                read[path] = 0
+                order = json.dumps([plain, name, seed, str(path)])
+                environment = {
+                    **os.environ,
+                    **({"CUDA_VISIBLE_DEVICES": _visible(gpu)} if gpu else {}),
+                    "OMP_NUM_THREADS": str(options.threads),
+                    "TOKENIZERS_PARALLELISM": "false",
+                    "HF_HUB_OFFLINE": "1",
+                }
+                with path.with_suffix(".log").open("wb") as log:
+                    process = subprocess.Popen(
+                        [sys.executable, __file__, "--run", order],
+                        cwd=Path.cwd(),
+                        env=environment,
+                        stdout=log,
+                        stderr=log,
+                    )
+                running[process] = (gpu, f"{name}, seed {seed}", path)
+                print(f"started {name}, seed {seed}, GPU {gpu or '-'}", flush=True)
+            time.sleep(1.0)
+            collect()
+            for process in [process for process in running if process.poll() is not None]:
+                gpu, title, path = running.pop(process)
+                slots.append(gpu)
+                collect()
+                if process.returncode:
+                    said = path.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+                    session.rows.append({"kind": "failed", "run": title, "error": "\n".join(said[-5:])})
+                    session.save()
+                print(f"ended {title}: exit code {process.returncode}", flush=True)
+        if needles:
+            for future in made:
+                future.result()  # its error, if there was one
+    finally:
+        for process in running:
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        collect()
+        path = session.save()
+    _print(session.rows)
+    print(f"written: {path}")
+
+
+def _visible(gpu: str) -> str:
+    """The name of a GPU that this process sees under the number ``gpu``."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[int(gpu)] if visible else gpu
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    """Share of samples answered (of tokens, for MQAR) by model, task and length, all depths together."""
+    shares: dict[tuple[str, str], dict[int, list[int]]] = {}
+    for row in rows:
+        if row.get("kind") != "test" or "error" in row:
+            continue
+        key = (f"{row['model']}, seed {row['seed']}", row["task"])
+        total = shares.setdefault(key, {}).setdefault(row["length"], [0, 0])
+        total[0] += row.get("correct", row["tokens_correct"])
+        total[1] += row["samples"] if "correct" in row else row["tokens_asked"]
+    lengths = sorted({length for found in shares.values() for length in found})
+    table = [
+        [*key, *(f"{found[n][0] / found[n][1]:.2f}" if n in found else "-" for n in lengths)]
+        for key, found in sorted(shares.items())
+    ]
+    print_table("answered", ["model", "task", *map(str, lengths)], table)
+
+
+def _options(plain: dict[str, Any]) -> Options:
+    kinds = {"train": Path, "test": Path, "llama_tokenizer": Path, "work": Path, "output": Path, "save": Path}
+    return Options(
+        **{
+            name: kinds[name](value)
+            if name in kinds and value is not None
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+            for name, value in plain.items()
+        }
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        given, name, seed, path = json.loads(sys.argv[2])
+        run(_options(given), name, seed, Path(path))
+    else:
+        import tyro
+
+        main(tyro.cli(Options))

@@ -1,0 +1,96 @@
+"""``titans haystack``: books -> one small file of tokenized sentences for the needle tasks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from titans.data.sources import Corpus
+from titans.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from titans.data.sentences import SentenceTokens
+
+_TRAINED_ON = 200_000  # sentences, some 20 million characters: a BPE of 4,096 ids learns no more from others
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Tokenize the sentences of books into one file, from which needle tasks are made without the books.
+
+    Example: titans haystack books/ --out train.npz
+    """
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """As for titans prepare."""
+    out: Path
+    """The file to make (.npz); it holds the tokenizer, too."""
+    tokenizer: Path | None = None
+    """Another haystack whose tokenizer to take; by default one is trained on these sources."""
+    vocab_size: int = 4096
+    """Of the tokenizer trained: a byte-level BPE in which digits and the characters of UUIDs stand alone."""
+    characters: int = 30_000_000
+    """Stop after so many."""
+    without: Path | None = None
+    """Another haystack whose sentences to leave out: the training's, for a test."""
+    llama_tokenizer: Path | None = None
+    """SentencePiece model by which tests tell their lengths (Llama-2's in the paper); needed for tests."""
+
+
+def run(arguments: Arguments) -> int:
+    """Check the sources, then tokenize; the order of the books is kept."""
+    if not arguments.sources:
+        raise UserError("expected at least one source")
+    if arguments.out.suffix != ".npz":
+        raise UserError(f"--out: expected a name that ends in .npz, got {arguments.out}")
+    corpus = Corpus(arguments.sources)
+
+    from titans.data.sentences import SentenceTokens, make
+
+    without = None if arguments.without is None else SentenceTokens.load(arguments.without)
+    made = make(
+        _sentences(corpus),
+        _tokenizer(arguments, corpus),
+        characters=arguments.characters,
+        without=without,
+        count=None if arguments.llama_tokenizer is None else _count(arguments.llama_tokenizer),
+    )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    made.save(arguments.out)
+    _print(arguments.out, made)
+    return 0
+
+
+def _sentences(corpus: Corpus) -> Iterator[str]:
+    from titans.evaluation.haystack import split_sentences
+
+    for document in corpus:
+        yield from split_sentences([document.text])
+
+
+def _tokenizer(arguments: Arguments, corpus: Corpus) -> "PreTrainedTokenizerBase":
+    from titans.data.bpe import train_bpe
+    from titans.data.sentences import SentenceTokens
+
+    if arguments.tokenizer is not None:
+        return SentenceTokens.load(arguments.tokenizer).tokenizer
+    return train_bpe((" " + text for text in islice(_sentences(corpus), _TRAINED_ON)), arguments.vocab_size)
+
+
+def _count(path: Path) -> Callable[[str], int]:
+    from titans.data.tokenizer import load_tokenizer
+
+    model = getattr(load_tokenizer(path), "sp_model", None)
+    if model is None:
+        raise UserError(f"--llama-tokenizer: expected a SentencePiece model, got {path}")
+    return lambda text: len(model.encode(text))
+
+
+def _print(path: Path, made: "SentenceTokens") -> None:
+    size = path.stat().st_size / 2**20
+    print(f"{path}: {len(made):,} sentences, {len(made.ids):,} tokens, {size:.1f} MiB")

@@ -1,0 +1,102 @@
+"""Small models that learn to find needles: one per memory and variant, equal parameters, minutes on a GPU.
+
+All have three blocks of width 256, 4,096 tied ids and 3.7 million parameters within 2 %: the width of the MLP
+makes up for what the mixers differ by. Three blocks, because a gate sees as far back as the convolutions below
+it, three tokens each: with two, the digits of a needle look like those of a year. What the memory is made of
+follows a test at width 128 (docs/decisions.md): training at mixed lengths, a step that can be exactly zero and
+no forgetting are what makes a needle survive far beyond the training length.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from titans.tasks.settings import TaskSettings
+from titans.training.recipe import ModelSettings, Recipe, TrainingSettings
+
+HAYSTACK = Path("runs/recall/train.npz")
+SINGLE_NEEDLES = ("niah_single_1", "niah_single_2", "niah_single_3")
+WINDOW = 256  # of attention beside a memory, and segment of mac: what is further back is the memory's
+
+
+def needle_lmm() -> Recipe:
+    """The memory alone, an MLP of expansion 1, on single needles."""
+    return Recipe(
+        model=ModelSettings(
+            size="tiny",
+            variant="lmm",
+            hidden_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=672,
+            memory_head_dim=64,
+            memory_expansion=1,
+            memory_step_gate="hard",
+            memory_forget_gate="none",
+            chunk_size=64,
+            num_persistent_tokens=0,
+        ),
+        data=TaskSettings(
+            tasks=SINGLE_NEEDLES, haystack=HAYSTACK, tokens_per_batch=32768, keys=4, questions=4
+        ),
+        training=TrainingSettings(
+            steps=3000,
+            batch_size=1,
+            learning_rate=2e-3,
+            warmup_steps=100,
+            write_penalty=0.03,
+            precision="bf16",
+            eval_every=250,
+            save_every=1000,
+            num_workers=4,
+        ),
+    )
+
+
+def needle_lmm_rectified() -> Recipe:
+    """The same with a forget gate that starts a hair above an exact zero."""
+    return _with_model(needle_lmm(), memory_forget_gate="rectified")
+
+
+def needle_lmm_linear() -> Recipe:
+    """The memory alone, linear and without momentum, which makes it diverge beyond the training length."""
+    linear = {"memory_depth": 1, "memory_momentum": False, "memory_max_step": 0.5}
+    return _with_model(needle_lmm(), **linear, intermediate_size=696)
+
+
+def needle_lmm_f256() -> Recipe:
+    """The memory alone, an MLP of expansion 4."""
+    return _with_model(needle_lmm(), memory_expansion=4, intermediate_size=544)
+
+
+def needle_mag() -> Recipe:
+    """Memory as a gate on attention with a window of 256."""
+    return _with_model(needle_lmm(), **_hybrid("mag"))
+
+
+def needle_mal() -> Recipe:
+    """Memory as a layer below attention with a window of 256."""
+    return _with_model(needle_lmm(), **_hybrid("mal"))
+
+
+def needle_mac() -> Recipe:
+    """Memory as context, segments of 256."""
+    return _with_model(needle_lmm(), **_hybrid("mac"))
+
+
+def needle_attention() -> Recipe:
+    """The baseline: full attention."""
+    return _with_model(needle_lmm(), variant="attention", window_size=0, intermediate_size=808)
+
+
+def needle_sliding() -> Recipe:
+    """The baseline with a window of 256: what needs no memory."""
+    return _with_model(needle_attention(), window_size=WINDOW)
+
+
+def _hybrid(variant: str) -> dict[str, object]:
+    width = {"mag": 416, "mal": 328, "mac": 328}[variant]
+    return {"variant": variant, "window_size": WINDOW, "segment_size": WINDOW, "intermediate_size": width}
+
+
+def _with_model(recipe: Recipe, **changes: object) -> Recipe:
+    return replace(recipe, model=replace(recipe.model, **changes))  # type: ignore[arg-type]  # names of its fields

@@ -1,0 +1,220 @@
+"""One experiment: train a recipe on tasks for some steps or seconds, then test the model at many lengths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, set_seed
+
+from titans.errors import UserError
+from titans.tasks.answers import Asked, right
+from titans.tasks.dataset import TokenMaker
+from titans.tasks.needle_test import NeedleTest, run_test
+from titans.tasks.settings import TaskSettings
+from titans.training.callbacks import LOG_NAME, read_log
+from titans.training.data import open_data
+from titans.training.recipe import Recipe
+from titans.training.run import build_model, train
+
+PROBE_STEPS = 40  # before the schedule is fixed; kernels compile in the first of them
+_PROBED = 20  # of those, the last
+_TRAINING = 0.93  # of the time left then; validation and the checkpoint take the rest
+_LATE = 1.15  # a training that takes so much longer than its budget is ended
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The model in evaluation mode, and how it came about, as plain values."""
+
+    model: PreTrainedModel
+    row: Row
+
+
+def train_model(recipe: Recipe, *, seconds: float | None = None, console: Console | None = None) -> Trained:
+    """Train ``recipe``; with ``seconds`` for as many steps as fit, start and measuring the speed included.
+
+    The number of steps is fixed before training, so that the learning rate ends where it should. A run that
+    diverges is a result, too: the model is that before the step.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        probed = None
+        if seconds is not None:
+            probed = seconds_a_step(recipe, out / "probe")
+            left = seconds - (time.monotonic() - started)
+            recipe = with_steps(recipe, max(int(_TRAINING * left / probed), 1))
+        data = open_data(recipe)
+        set_seed(recipe.training.seed)
+        model = build_model(recipe, data)
+        deadline = None if seconds is None else _LATE * seconds - (time.monotonic() - started)
+        begun = time.monotonic()
+        with _ended_after(deadline):
+            result = train(recipe, data, out / "run", model=model, console=console or Console(quiet=True))
+        took = time.monotonic() - begun
+        log = read_log(out / "run" / LOG_NAME)
+    losses = [(record["step"], record["loss"]) for record in log if "loss" in record]
+    norms = [record["grad_norm"] for record in log if record.get("grad_norm") is not None]
+    speeds = [record["tokens_per_second"] for record in log if "tokens_per_second" in record]
+    row = {
+        "recipe": recipe.to_dict(),
+        "seed": recipe.training.seed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "ending": result.ending,
+        "message": result.message,
+        "steps": result.step,
+        "tokens": log[-1].get("tokens_seen") or max((r.get("tokens_seen", 0) for r in log), default=0),
+        "seconds": took,
+        "seconds_a_step_probed": probed,
+        "median_tokens_per_second": statistics.median(speeds) if speeds else None,
+        "loss": losses[:: max(len(losses) // 60, 1)],
+        "validation": [
+            {key: value for key, value in record.items() if key == "step" or key.startswith("eval_")}
+            for record in log
+            if "eval_loss" in record
+        ],
+        "median_grad_norm": statistics.median(norms) if norms else None,
+        "max_grad_norm": max(norms, default=None),
+    }
+    return Trained(model=model.eval(), row=row)
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe cut to ``steps``: a tenth of them at most to warm up, five evaluations, one checkpoint."""
+    training = replace(
+        recipe.training,
+        steps=steps,
+        warmup_steps=min(recipe.training.warmup_steps, steps // 10),
+        eval_every=max(steps // 5, 1),
+        save_every=steps,
+    )
+    return replace(recipe, training=training)
+
+
+def seconds_a_step(recipe: Recipe, out: Path) -> float:
+    """Of the recipe's training on this machine as it is now, by a short one that is thrown away."""
+    short = with_steps(recipe, PROBE_STEPS)
+    short = replace(short, training=replace(short.training, eval_every=PROBE_STEPS))
+    data = replace(open_data(short), validation=None)
+    train(short, data, out, console=Console(quiet=True))
+    log = [record for record in read_log(out / LOG_NAME) if "tokens_per_second" in record]
+    if len(log) < PROBE_STEPS:
+        raise UserError(f"the model diverges within {PROBE_STEPS} steps")
+    seen = [0, *(record["tokens_seen"] for record in log)]
+    times = [
+        (now - before) / record["tokens_per_second"]
+        for before, now, record in zip(seen, seen[1:], log, strict=False)
+    ]
+    return statistics.mean(times[-_PROBED:])
+
+
+def needle_rows(
+    model: PreTrainedModel,
+    paths: Sequence[Path],
+    *,
+    rows: int | None = None,
+    until: float = float("inf"),
+    wait: float = 600.0,
+) -> Iterator[Row]:
+    """Scores by depth on the tests at ``paths``, shortest first, each as soon as its file is there.
+
+    Args:
+        rows: samples at once; None: all.
+        until: `time.monotonic()` after which nothing more is begun, nor what would end after it.
+        wait: seconds that a file may be late.
+    """
+    pace = 0.0  # seconds a token of all rows, of the test before
+    for path in paths:
+        patience = min(time.monotonic() + wait, until)
+        while not path.exists() and time.monotonic() < patience:
+            time.sleep(0.2)
+        if not path.exists():
+            yield {"test": path.stem, "error": "not measured: its samples are not there"}
+            continue
+        test = NeedleTest.load(path)
+        if time.monotonic() + pace * test.asked.ids.size > until:
+            yield {"test": path.stem, "error": "not measured: out of time"}
+            continue
+        found, measured = _measured(model, lambda test=test: run_test(model, test, rows=rows))  # type: ignore[misc]
+        pace = measured["seconds"] / test.asked.ids.size
+        facts = {
+            "rows": len(test.asked.ids),
+            "model_tokens": int(test.asked.ids.shape[1]),
+            "tokens_per_second": test.asked.ids.size / measured["seconds"],
+        }
+        for score in found:
+            yield score.to_dict() | facts | measured
+
+
+def token_rows(
+    model: PreTrainedModel, settings: TaskSettings, lengths: Sequence[int], *, samples: int, seed: int
+) -> Iterator[Row]:
+    """The share of right tokens at each of ``lengths`` on a task of tokens (MQAR, selective copying)."""
+    for length in lengths:
+        task = TokenMaker(settings).task(length, seed)
+        asked = Asked.of_batch(task.batch(0, samples))
+        hits, measured = _measured(model, lambda asked=asked: right(model, asked))  # type: ignore[misc]
+        yield {
+            "task": settings.tasks[0],
+            "length": length,
+            "samples": samples,
+            "tokens_asked": len(hits),
+            "tokens_correct": int(hits.sum()),
+            "tokens_per_second": asked.ids.size / measured["seconds"],
+        } | measured
+
+
+def save_weights(model: PreTrainedModel, path: Path, dtype: torch.dtype) -> None:
+    """The weights alone, in ``dtype``; the head that is tied to the embedding is left out."""
+    tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+    weights = {
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path, metadata={"config": model.config.to_json_string()})
+
+
+def _measured(model: PreTrainedModel, work: Callable[[], Any]) -> tuple[Any, Row]:
+    """The work's result, its seconds, and on a GPU the most memory that it held."""
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(model.device)
+    started = time.perf_counter()
+    result = work()  # ends with a copy to the host
+    measured: Row = {"seconds": time.perf_counter() - started}
+    if cuda:
+        measured["peak_memory_bytes"] = torch.cuda.max_memory_allocated(model.device)
+    return result, measured
+
+
+@contextmanager
+def _ended_after(seconds: float | None) -> Iterator[None]:
+    """Ask this process to end its training after so long, as Ctrl-C would."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(max(seconds, 0.0), os.kill, [os.getpid(), signal.SIGTERM])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

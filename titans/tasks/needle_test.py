@@ -1,0 +1,179 @@
+"""Needle tests: samples of the published form as tokens, and the share of them that a model answers.
+
+An answer counts when greedy decoding would begin with it, space and all. RULER's own rule, that the answer
+occurs somewhere in the output, is milder.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedModel
+
+from titans.data.bpe import WordEncoder
+from titans.data.sentences import SentenceTokens
+from titans.errors import UserError
+from titans.evaluation.needle import NeedleSample, NeedleTask, samples
+from titans.files import replace_file
+from titans.tasks.answers import Asked, right
+
+
+@dataclass(frozen=True, eq=False)
+class NeedleTest:
+    """Samples of one task and length, tokenized.
+
+    task, length: as in `titans.evaluation.needle.samples`, the length in the tokens that the haystack counts.
+    depths: of the samples. tokens: of their prompts, as the haystack counts them.
+    """
+
+    task: str
+    length: int
+    asked: Asked
+    depths: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+
+    def save(self, path: Path) -> None:
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            task=self.task,
+            length=self.length,
+            depths=self.depths,
+            tokens=self.tokens,
+            **self.asked._asdict(),
+        )
+        replace_file(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> NeedleTest:
+        with np.load(path) as stored:
+            asked = Asked(*(stored[name] for name in Asked._fields))
+            task, length = str(stored["task"]), int(stored["length"])
+            return cls(task, length, asked, stored["depths"], stored["tokens"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthScore:
+    """Samples whose needle lies at ``depth_from`` <= depth < ``depth_to`` (or 1), and those answered."""
+
+    task: str
+    length: int
+    depth_from: float
+    depth_to: float
+    samples: int
+    correct: int
+    tokens_asked: int
+    tokens_correct: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def length_counter(haystack: SentenceTokens, count: Callable[[str], int]) -> Callable[[str], int]:
+    """``count``, but for the haystack's sentences, whose tokens stand in its file.
+
+    Raises:
+        UserError: they do not.
+    """
+    if len(haystack.counts) != len(haystack):
+        raise UserError("haystack: expected one made with a tokenizer for lengths, got one without")
+    known = {". " + text: int(tokens) for text, tokens in zip(haystack.texts(), haystack.counts, strict=True)}
+
+    def counted(text: str) -> int:
+        tokens = known.get(text)
+        return count(text) if tokens is None else tokens
+
+    return counted
+
+
+def make_test(
+    task: NeedleTask,
+    length: int,
+    number: int,
+    haystack: SentenceTokens,
+    count: Callable[[str], int],
+    *,
+    seed: int,
+) -> NeedleTest:
+    """``number`` samples of ``task``, at depths drawn evenly.
+
+    Args:
+        count: tokens by which ``length`` is told (see `length_counter`).
+    """
+    encode = WordEncoder(haystack.tokenizer)
+    rows, depths, tokens = [], [], []
+    places: list[npt.NDArray[np.int64]] = []
+    for sample in itertools.islice(samples(task, length, count, haystack.texts(), seed=seed), number):
+        prompt, answer = encode(sample.prompt), encode(answer_text(task, sample))
+        rows.append(np.array(prompt + answer, dtype=np.uint16))
+        places.append(np.arange(len(prompt), len(prompt) + len(answer)))
+        depths.append(sample.depth)
+        tokens.append(sample.tokens)
+    ids = np.zeros((number, max(map(len, rows))), dtype=np.uint16)
+    for row, filled in zip(ids, rows, strict=True):
+        row[: len(filled)] = filled
+    of = np.repeat(np.arange(number), [len(each) for each in places])
+    at = np.concatenate(places)
+    asked = Asked(ids, of, at, ids[of, at].astype(np.int64))
+    return NeedleTest(task.name, length, asked, np.array(depths), np.array(tokens))
+
+
+def answer_text(task: NeedleTask, sample: NeedleSample) -> str:
+    """What follows the prompt: a key's values in the order of the text, as in training."""
+    values = iter(sample.answers)
+    of_keys = iter(lambda: list(itertools.islice(values, task.values)), [])
+    ordered = [value for key in of_keys for value in sorted(key, key=sample.text.index)]
+    return " " + ", ".join(ordered)
+
+
+def run_test(
+    model: PreTrainedModel,
+    test: NeedleTest,
+    *,
+    bins: int = 5,
+    rows: int | None = None,
+    tokens: int | None = None,
+) -> list[DepthScore]:
+    """The model's scores on ``test`` by depth of the needle, in ``bins`` of equal width that are not empty.
+
+    Args:
+        rows: samples at once; None: all.
+        tokens: see `titans.tasks.answers.right`.
+    """
+    asked = test.asked
+    number = len(asked.ids)
+    hits = np.zeros(len(asked.rows), dtype=bool)
+    step = rows or number
+    for first in range(0, number, step):
+        here = (asked.rows >= first) & (asked.rows < first + step)
+        part = Asked(
+            asked.ids[first : first + step], asked.rows[here] - first, asked.places[here], asked.targets[here]
+        )
+        hits[here] = right(model, part, tokens=tokens)
+    wrong = np.bincount(asked.rows[~hits], minlength=number)
+    length = np.bincount(asked.rows, minlength=number)
+    by_bin: dict[int, list[int]] = defaultdict(list)
+    for sample, depth in enumerate(test.depths):
+        by_bin[min(int(depth * bins), bins - 1)].append(sample)
+    return [
+        DepthScore(
+            task=test.task,
+            length=test.length,
+            depth_from=place / bins,
+            depth_to=(place + 1) / bins,
+            samples=len(members),
+            correct=int((wrong[members] == 0).sum()),
+            tokens_asked=int(length[members].sum()),
+            tokens_correct=int((length - wrong)[members].sum()),
+        )
+        for place, members in sorted(by_bin.items())
+    ]

@@ -1,0 +1,65 @@
+"""What to train on: tasks of recall, at many lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titans.errors import UserError
+from titans.training.recipe import DataSource, TrainingSettings, at_least
+
+if TYPE_CHECKING:
+    from titans.training.data import TrainingData
+
+TOKEN_TASKS = ("mqar", "selective_copy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings(DataSource):
+    """Batches of tasks, each batch of one length. A batch is one sequence to ``training.batch_size``."""
+
+    tasks: tuple[str, ...]
+    """Needle tasks (niah_single_1, ...) together, or one of mqar and selective_copy."""
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    """Tokens of a row; each batch draws one of these."""
+    tokens_per_batch: int = 65536
+    """Rows times length."""
+    curriculum_steps: int = 0
+    """Batches over which the lengths drawn from grow from the shortest to all; 0: all from the first on."""
+    validation_batches: int = 5
+    """Batches to evaluate on, always the same, of all lengths by turns."""
+    haystack: Path | None = None
+    """Sentences for needle tasks (titans haystack makes the file)."""
+    keys: int = 8
+    """Keys hidden in a row at most, where the task asks for no more."""
+    questions: int = 8
+    """Questions in a row at most."""
+    dense: float = 0.75
+    """Share of a row that its needles and questions beyond the first may take, at most."""
+    middle: float = 0.5
+    """Share of these questions that are asked within the haystack."""
+    vocab_size: int = 8192
+    """Of mqar and selective_copy."""
+    pairs: int = 32
+    """Of mqar, at most one for 8 tokens; tokens to be copied in selective_copy, at most one for 4."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "tokens_per_batch", "validation_batches", "keys", "questions", "pairs")
+        at_least(self, 0, "curriculum_steps", "dense", "middle")
+        if not self.tasks or not self.lengths or list(self.lengths) != sorted(self.lengths):
+            raise UserError(
+                f"data: expected at least one task and ascending lengths, got {self.tasks} and {self.lengths}"
+            )
+        if max(self.dense, self.middle) > 1:
+            raise UserError(f"data: expected dense and middle of at most 1, got {self.dense}, {self.middle}")
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether this is a task of tokens that are no text."""
+        return bool(set(self.tasks) & set(TOKEN_TASKS))
+
+    def open(self, training: TrainingSettings) -> TrainingData:
+        from titans.tasks.dataset import open_tasks
+
+        return open_tasks(self, training)
