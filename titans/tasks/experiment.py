@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import statistics
@@ -180,11 +181,13 @@ def token_rows(
 
 
 def save_weights(model: PreTrainedModel, path: Path, dtype: torch.dtype) -> None:
-    """The weights alone, in ``dtype``; the head that is tied to the embedding is left out."""
+    """The weights alone, in ``dtype`` but for gates and initial memory, which stay in fp32: a gate that was
+    exactly zero must stay so. The head that is tied to the embedding is left out."""
+    stored = copy.deepcopy(model).to("cpu", dtype)
     tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
     weights = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in model.state_dict().items()
+        name: tensor.detach().contiguous()
+        for name, tensor in stored.state_dict().items()
         if name not in tied
     }
     path.parent.mkdir(parents=True, exist_ok=True)
