@@ -13,6 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from report_recall import needles, plot_needles
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE, IMAGES = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "docs" / "images"
 
@@ -325,6 +329,7 @@ def plot_models(record: dict[str, Any], figure: Any) -> None:
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "recall.json": lambda record: needles(record, table),
     "ops_gpu.json": ops_on_a_gpu,
     "models_gpu.json": models_on_a_gpu,
     "kernel_resources.json": kernel_resources,
@@ -341,6 +346,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Any], None]]] = {
     "ops_gpu.json": ("Time over Gated DeltaNet's by shape", plot_ops),
     "models_gpu.json": ("Tokens/s by length", plot_models),
+    "recall.json": ("Needles far beyond the training length", plot_needles),
 }
 
 
@@ -378,7 +384,8 @@ def stale_images(records: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record["summary"]["table"]).encode()).hexdigest()
+    shown = record["summary"].get("table", record["rows"])
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
 def draw(file: str, record: dict[str, Any]) -> None:
