@@ -98,7 +98,7 @@ def short_length(length: int) -> str:
 
 
 def plot_needles(record: Row, figure: Any) -> None:
-    """Left: answers by length, a line for each model, all tasks. Right: the best model by length and depth."""
+    """Left: answers by length, a line a model, all tasks. Right: the best model by length and depth."""
     found = shares(record["rows"])
     lengths = sorted({length for _, _, length in found})
     left, right = figure.subplots(1, 2)

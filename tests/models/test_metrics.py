@@ -46,7 +46,7 @@ def test_metrics_of_ragged_batches_and_every_variant(variant, build, tokens):
 
 
 def test_write_shares_are_the_gates_over_their_bounds(build, tokens):
-    """A quarter in an untrained model (half of the largest step, and eta starts at a half), with a gradient."""
+    """A quarter in an untrained model (half of the largest step, eta a half), with a gradient."""
     model, ids = build("lmm"), tokens(2, 13)
     for memory in (module for module in model.modules() if isinstance(module, MemoryCore)):
         memory.gates.reset_parameters()

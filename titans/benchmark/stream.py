@@ -65,8 +65,8 @@ class Decode:
     """One token for each of `batch` streams that have read `tokens` tokens.
 
     The one-row state has read them, every one: it is the prefill row's of this process, or read now. All rows
-    of a batch get it, which takes the time that other states would take. On a GPU by a CUDA graph, as `Stream`
-    does, where the state keeps its shape.
+    of a batch get it, which takes the time that other states would take. On a GPU by a CUDA graph, as in
+    `Stream`, where the state keeps its shape.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:

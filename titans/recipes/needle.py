@@ -1,10 +1,10 @@
 """Small models that learn to find needles: one per memory and variant, equal parameters, minutes on a GPU.
 
-All have three blocks of width 256, 4,096 tied ids and 3.7 million parameters within 2 %: the width of the MLP
-makes up for what the mixers differ by. Three blocks, because a gate sees as far back as the convolutions below
-it, three tokens each: with two, the digits of a needle look like those of a year. What the memory is made of
-follows a test at width 128 (docs/decisions.md): training at mixed lengths, a step that can be exactly zero and
-no forgetting are what makes a needle survive far beyond the training length.
+All have three blocks of width 256, 4,096 tied ids and 3.7 million parameters within 2 %: the width of the
+MLP makes up for what the mixers differ by. Three blocks, because a gate sees as far back as the convolutions
+below it, three tokens each: with two, the digits of a needle look like those of a year. What the memory is
+made of follows a test at width 128 (docs/decisions.md): training at mixed lengths, a step that can be exactly
+zero and no forgetting are what makes a needle survive far beyond the training length.
 """
 
 from dataclasses import replace

@@ -2,8 +2,8 @@
 
 A group is as many cells as fit a budget of scratch memory. The forward walks the groups once: the serial
 write leaves the state at every chunk's start, the reads of the whole group follow in parallel. Kept are the
-gates as vectors (32 bytes a token and head) and the state at every group's start; the backward walks the groups from the last, writes each again, then takes
-reads and writes back.
+gates as vectors (32 bytes a token and head) and the state at every group's start; the backward walks the
+groups from the last, writes each again, then takes reads and writes back.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ MLP_CHUNKS = (16, 32, 64)
 EXPANSIONS = (1, 2, 4)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CONV_SIZE = 4
-# Looked up once: torch.compile cannot trace the search, and a graph break here cost a compiled block its speed.
+# Looked up once: torch.compile cannot trace the search, and a graph break costs a compiled block its speed.
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
