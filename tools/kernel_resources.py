@@ -50,7 +50,7 @@ INTEGERS = {"num_rows", "group_start", "group_end", "stride", "T", "tokens"}
 INDICES = {"table": "*i64", "cell_row": "*i32", "arrived": "*i32"}
 # Gates, the state between groups, the LN and the gradients of these are fp32 for every dtype of q, k and v.
 FP32 = re.compile(
-    r"vectors\d?|(grad_)?(gain|bias|weight|theta|log_decay|log_momentum|first\d|end\d)|rstd\w*|gate_parts\d?|exchange"
+    r"vectors\d?|(grad_)?(gain|bias|weight|theta|log_decay|log_momentum|first\d|end\d)|rows_(in|out)|gate_parts\d?|exchange"
     r"|\w+_(state|anchor)"
 )
 

@@ -54,9 +54,15 @@ class LinearGroup:
         return self.call.plan.table, self.call.plan.cell_row
 
     def write(
-        self, weights: list[Tensor], momentum: list[Tensor], first: list[Tensor], end: list[Tensor]
+        self,
+        weights: list[Tensor],
+        momentum: list[Tensor],
+        first: list[Tensor],
+        end: list[Tensor],
+        keep: bool,
     ) -> None:
-        """Moves weights and momentum on to the end of the group, in place."""
+        """Moves weights and momentum on to the end of the group, in place. keep: `backward` follows; nothing
+        is stored for it alone."""
         call, plan = self.call, self.call.plan
         block = min(WRITE.block, call.D)
         S = momentum[0] if call.momentum else weights[0]

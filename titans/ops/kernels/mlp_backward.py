@@ -15,6 +15,8 @@ from titans.ops.kernels.functions import (
     FEED,
     LAST_S,
     LAST_W,
+    LOG_DECAY,
+    LOG_MOMENTUM,
     ROWS,
     SIZES,
     THETA,
@@ -28,6 +30,8 @@ from titans.ops.kernels.functions import (
     normalize,
     normalize_backward,
     place_of,
+    products,
+    products_transposed,
     row_of,
     sum_of_parts,
 )
@@ -37,8 +41,30 @@ from titans.ops.kernels.gates import (
     GRAD_ROWS,
     GRAD_THETA,
     finish_gate_gradients,
-    read_gate_gradients,
 )
+from titans.ops.kernels.mlp_forward import first_block, unseen_zero
+
+
+@triton.jit
+def gate_gradients_of_reads(
+    grad_mix_CC, mix_CC, grad_feed, grad_row, vectors, out, real, C: tl.constexpr, MOMENTUM: tl.constexpr,
+    EXACT: tl.constexpr, ):  # fmt: skip
+    """`read_gate_gradients` with A, which costs a seventh of a kernel, as the caller has it."""
+    slots = tl.arange(0, C)
+    tl.store(out + GRAD_THETA * C + slots, tl.sum(grad_mix_CC * mix_CC, 0))
+    tl.store(out + GRAD_ROW * C + slots, grad_row)
+    grad_CC = grad_mix_CC * tl.load(vectors + THETA * C + slots)[None, :]
+    if MOMENTUM:
+        log_e = tl.load(vectors + LOG_MOMENTUM * C + slots)
+        hold = tl.where(real, tl.exp(tl.cumsum(log_e, 0)), 0.0)
+        # fp32 or tf32: log eta's gradient is a difference of two large sums.
+        if EXACT:
+            grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="ieee")
+        else:
+            grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="tf32")
+        grad_CC += grad_feed[:, None] * hold[None, :]
+    decay_CC = products(tl.load(vectors + LOG_DECAY * C + slots), C, EXACT)
+    tl.store(out + GRAD_COLUMN * C + slots, tl.sum(decay_CC * grad_CC, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -69,41 +95,44 @@ def mlp_read_backward_2(
     K_CD = tl.load(k + at_QD, mask=real[:, None], other=0.0)
     dtype = Q_CD.dtype
     square = at * C * C + slots[:, None] * C + slots[None, :]
-    weights1_CC = mixing(gates1, slots, C, MOMENTUM, EXACT) * tl.load(gates1 + THETA * C + slots)[None, :]
+    mix1_CC = mixing(gates1, slots, C, MOMENTUM, EXACT)
+    weights1_CC = mix1_CC * tl.load(gates1 + THETA * C + slots)[None, :]
     mixed1_CC = (-weights1_CC * matmul(Q_CD, tl.trans(K_CD), PRECISION)).to(dtype)
     tl.store(mixed1_out + square, mixed1_CC)
-    Q_beta = (tl.load(gates1 + BETA * C + slots)[:, None] * Q_CD).to(dtype)
+    beta1 = tl.load(gates1 + BETA * C + slots)
     beta2 = tl.load(gates2 + BETA * C + slots)
     if MOMENTUM:
-        Q_feed = (tl.load(gates1 + FEED * C + slots)[:, None] * Q_CD).to(dtype)
+        feed1 = tl.load(gates1 + FEED * C + slots)
         feed2 = tl.load(gates2 + FEED * C + slots)
         by_S2_CD = tl.zeros([C, D], tl.float32)
     scores2_CC = tl.zeros([C, C], tl.float32)
     Z2_CD = tl.zeros([C, D], tl.float32)
-    for block in range(F // BF):
-        tile = at * D * F + of_D[:, None] * F + block * BF + of_B[None, :]
-        tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
-        Z1 = matmul(Q_beta, tl.load(W1_start + tile), PRECISION)
+    for index in range(first_block(step, F // BF), F // BF):
+        block = index ^ unseen_zero(index, 0)
+        zero = unseen_zero(index, 1)
+        in_C, in_D, in_B = slots + zero, of_D + zero, of_B + zero
+        tile = at * D * F + in_D[:, None] * F + block * BF + in_B[None, :]
+        tile_CB = at * C * F + in_C[:, None] * F + block * BF + in_B[None, :]
+        Z1 = beta1[:, None] * matmul(Q_CD, tl.load(W1_start + tile), PRECISION)
         if MOMENTUM:
-            Z1 = matmul_add(Q_feed, tl.load(S1_start + tile), Z1, PRECISION)
+            Z1 += feed1[:, None] * matmul(Q_CD, tl.load(S1_start + tile), PRECISION)
         Z1 = matmul_add(mixed1_CC, tl.load(G1_in + tile_CB), Z1, PRECISION)
-        read_C = act(Z1, ACT)
+        read_low = act(Z1, ACT).to(dtype)
         written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT).to(dtype)
-        scores2_CC = matmul_add(read_C.to(dtype), tl.trans(written_C), scores2_CC, PRECISION)
-        Z2_CD = matmul_add(
-            (beta2[:, None] * read_C).to(dtype), tl.trans(tl.load(W2_start + tile)), Z2_CD, PRECISION
-        )
+        scores2_CC = matmul_add(read_low, tl.trans(written_C), scores2_CC, PRECISION)
+        Z2_CD = matmul_add(read_low, tl.trans(tl.load(W2_start + tile)), Z2_CD, PRECISION)
         if MOMENTUM:
-            by_S2_CD = matmul_add(read_C.to(dtype), tl.trans(tl.load(S2_start + tile)), by_S2_CD, PRECISION)
+            by_S2_CD = matmul_add(read_low, tl.trans(tl.load(S2_start + tile)), by_S2_CD, PRECISION)
     if SHARED:
-        weights2_CC = weights1_CC
+        mix2_CC = mix1_CC
     else:
-        weights2_CC = mixing(gates2, slots, C, MOMENTUM, EXACT) * tl.load(gates2 + THETA * C + slots)[None, :]
+        mix2_CC = mixing(gates2, slots, C, MOMENTUM, EXACT)
+    weights2_CC = mix2_CC * tl.load(gates2 + THETA * C + slots)[None, :]
     at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
     G2_CD = tl.load(G2_in + at_CD)
     mixed2_CC = (-weights2_CC * scores2_CC).to(dtype)
     tl.store(mixed2_out + square, mixed2_CC)
-    Z2_CD = matmul_add(mixed2_CC, G2_CD, Z2_CD, PRECISION)
+    Z2_CD = matmul_add(mixed2_CC, G2_CD, beta2[:, None] * Z2_CD, PRECISION)
     if MOMENTUM:
         Z2_CD += feed2[:, None] * by_S2_CD
     dZ2_CD = tl.load(grad_y + at_QD, mask=real[:, None], other=0.0).to(tl.float32)
@@ -122,7 +151,9 @@ def mlp_read_backward_2(
         grad_feed = tl.sum(dZ2_CD * by_S2_CD, 1)
     parts = gate_parts2 + at * GRAD_ROWS * C
     grad_row = tl.sum(dZ2_CD * Z2_CD, 1)
-    read_gate_gradients(grad_mix_CC, grad_feed, grad_row, gates2, parts, real, C, MOMENTUM, EXACT)
+    gate_gradients_of_reads(
+        grad_mix_CC, mix2_CC, grad_feed, grad_row, gates2, parts, real, C, MOMENTUM, EXACT
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -166,34 +197,33 @@ def mlp_read_backward_1(
     dscores2_T = tl.load(grad_scores2 + square_T)
     beta1 = tl.load(gates1 + BETA * C + slots)
     beta2 = tl.load(gates2 + BETA * C + slots)
-    Q_beta = (beta1[:, None] * Q_CD).to(dtype)
-    dZ2_beta = (beta2[:, None] * dZ2_CD).to(dtype)
-    by_W1 = tl.zeros([C, D], tl.float32)  # dZ1 W1^T
+    dQ_CD = tl.zeros([C, D], tl.float32)
     products_CC = tl.zeros([C, C], tl.float32)  # dZ1 G1^T
     grad_row = tl.zeros([C], tl.float32)
     grad_feed = tl.zeros([C], tl.float32)
     if MOMENTUM:
         feed1 = tl.load(gates1 + FEED * C + slots)
         feed2 = tl.load(gates2 + FEED * C + slots)
-        Q_feed = (feed1[:, None] * Q_CD).to(dtype)
-        dZ2_feed = (feed2[:, None] * dZ2_CD).to(dtype)
-        by_S1 = tl.zeros([C, D], tl.float32)
-    for block in range(F // BF):
-        tile = at * D * F + of_D[:, None] * F + block * BF + of_B[None, :]
-        tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
+    for index in range(first_block(step, F // BF), F // BF):
+        block = index ^ unseen_zero(index, 0)
+        zero = unseen_zero(index, 1)
+        in_C, in_D, in_B = slots + zero, of_D + zero, of_B + zero
+        tile = at * D * F + in_D[:, None] * F + block * BF + in_B[None, :]
+        tile_CB = at * C * F + in_C[:, None] * F + block * BF + in_B[None, :]
         W1 = tl.load(W1_start + tile)
         G1 = tl.load(G1_in + tile_CB)
-        Z1 = matmul(Q_beta, W1, PRECISION)
-        Z1 = matmul_add(mixed1_CC, G1, Z1, PRECISION)
+        # Rows of results are scaled, not those of Q and dZ2: these would stay in registers as operands.
+        Z1 = beta1[:, None] * matmul(Q_CD, W1, PRECISION)
         if MOMENTUM:
             S1 = tl.load(S1_start + tile)
-            Z1 = matmul_add(Q_feed, S1, Z1, PRECISION)
+            Z1 += feed1[:, None] * matmul(Q_CD, S1, PRECISION)
+        Z1 = matmul_add(mixed1_CC, G1, Z1, PRECISION)
         read_C, slope = act_slope(Z1, ACT)
         read_low = read_C.to(dtype)
         written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT).to(dtype)
-        dH = matmul(dZ2_beta, tl.load(W2_start + tile), PRECISION)
+        dH = beta2[:, None] * matmul(dZ2_CD, tl.load(W2_start + tile), PRECISION)
         if MOMENTUM:
-            dH = matmul_add(dZ2_feed, tl.load(S2_start + tile), dH, PRECISION)
+            dH += feed2[:, None] * matmul(dZ2_CD, tl.load(S2_start + tile), PRECISION)
         dH = matmul_add(dscores2_CC, written_C, dH, PRECISION)
         dH *= slope
         grad_row += tl.sum(dH * Z1, 1)
@@ -201,25 +231,24 @@ def mlp_read_backward_1(
         tl.store(grad_H + tile_CB, matmul(dscores2_T, read_low, PRECISION).to(dtype))
         dW2 = matmul(dZ2_DC, (beta2[:, None] * read_low).to(dtype), PRECISION)
         tl.store(grad_W2 + tile, dW2.to(dtype))
-        tl.store(grad_G1 + tile_CB, matmul(mixed1_T, dZ1_low, PRECISION).to(dtype))
-        dW1 = matmul(Q_DC, (beta1[:, None] * dZ1_low).to(dtype), PRECISION)
-        tl.store(grad_W1 + tile, dW1.to(dtype))
-        by_W1 = matmul_add(dZ1_low, tl.trans(W1), by_W1, PRECISION)
-        products_CC = matmul_add(dZ1_low, tl.trans(G1), products_CC, PRECISION)
         if MOMENTUM:
             dS2 = matmul(dZ2_DC, (feed2[:, None] * read_low).to(dtype), PRECISION)
             tl.store(grad_S2 + tile, dS2.to(dtype))
-            dS1 = matmul(Q_DC, (feed1[:, None] * dZ1_low).to(dtype), PRECISION)
-            tl.store(grad_S1 + tile, dS1.to(dtype))
-            by_S1 = matmul_add(dZ1_low, tl.trans(S1), by_S1, PRECISION)
+        tl.store(grad_G1 + tile_CB, matmul(mixed1_T, dZ1_low, PRECISION).to(dtype))
+        products_CC = matmul_add(dZ1_low, tl.trans(G1), products_CC, PRECISION)
+        by_beta = (beta1[:, None] * dZ1_low).to(dtype)
+        tl.store(grad_W1 + tile, matmul(Q_DC, by_beta, PRECISION).to(dtype))
+        dQ_CD = matmul_add(by_beta, tl.trans(W1), dQ_CD, PRECISION)
+        if MOMENTUM:
+            by_feed = (feed1[:, None] * dZ1_low).to(dtype)
+            tl.store(grad_S1 + tile, matmul(Q_DC, by_feed, PRECISION).to(dtype))
+            dQ_CD = matmul_add(by_feed, tl.trans(S1), dQ_CD, PRECISION)
+            grad_feed += tl.sum(dH * matmul(Q_CD, S1, PRECISION), 1)
     K_CD = tl.load(k + at_QD, mask=real[:, None], other=0.0)
-    weights1_CC = mixing(gates1, slots, C, MOMENTUM, EXACT) * tl.load(gates1 + THETA * C + slots)[None, :]
+    mix_CC = mixing(gates1, slots, C, MOMENTUM, EXACT)
+    weights1_CC = mix_CC * tl.load(gates1 + THETA * C + slots)[None, :]
     scores1_CC = matmul(Q_CD, tl.trans(K_CD), PRECISION)
     dscores1_CC = (-products_CC * weights1_CC).to(dtype)
-    dQ_CD = beta1[:, None] * by_W1
-    if MOMENTUM:
-        dQ_CD += feed1[:, None] * by_S1
-        grad_feed = tl.sum(Q_CD.to(tl.float32) * by_S1, 1)
     dQ_CD = matmul_add(dscores1_CC, K_CD, dQ_CD, PRECISION)
     if RESIDUAL:
         dQ_CD += tl.load(grad_y + at_QD, mask=real[:, None], other=0.0).to(tl.float32)
@@ -228,13 +257,25 @@ def mlp_read_backward_1(
     tl.store(grad_K_reads + at * D * C + of_D[:, None] * C + slots[None, :], dK_DC.to(dtype))
     grad_mix_CC = tl.where(slots[:, None] >= slots[None, :], -products_CC * scores1_CC, 0.0)
     parts = gate_parts1 + at * GRAD_ROWS * C
-    read_gate_gradients(grad_mix_CC, grad_feed, grad_row, gates1, parts, real, C, MOMENTUM, EXACT)
+    gate_gradients_of_reads(grad_mix_CC, mix_CC, grad_feed, grad_row, gates1, parts, real, C, MOMENTUM, EXACT)
+
+
+@triton.jit
+def move_back(dS_here, dW_here, from_reads, dS_before, dS_state, last, tile, end):
+    """dS at the chunk's start, from the rounded gradients at its end: through memory, as S in `mlp_write`."""
+    dS = tl.load(end + 2) * tl.load(dS_here + tile).to(tl.float32)
+    dS += tl.load(end + 1) * tl.load(dW_here + tile).to(tl.float32)
+    dS += tl.load(from_reads + tile).to(tl.float32)
+    if last:
+        tl.store(dS_state + tile, dS)
+    else:
+        tl.store(dS_before + tile, dS.to(dS_before.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mlp_write_backward(
     k, gain, vectors1, vectors2, table, dW1_state, dS1_state, dW2_state, dS2_state,
-    grad_first1, grad_first2, grad_end1, grad_end2, W2_start, Z1_in, G2_in, normed_in, GN_in, rstd_in,
+    grad_first1, grad_first2, grad_end1, grad_end2, W1_start, W2_start, G2_in, normed_in, GN_in, rows_in,
     grad_H, grad_G1, grad_G2, grad_W1, grad_S1, grad_W2, grad_S2, dW1_end, dS1_end, dW2_end, dS2_end,
     grad_Z2, complete_Z1, complete_G2, exchange, arrived,
     num_rows, group_start, group_end, stride,
@@ -250,71 +291,97 @@ def mlp_write_backward(
     low, high = chunks_of_group(base, count, stride, group_start, group_end)
     if low >= high:
         return
-    slots, of_D = tl.arange(0, C), tl.arange(0, D)
-    columns = part * BF + tl.arange(0, BF)
-    tile = of_D[:, None] * F + columns[None, :]
-    state = (row.to(tl.int64) * H + head) * D * F
+    share = tl.arange(0, D)[:, None] * F + tl.arange(0, BF)[None, :]
+    state = (row.to(tl.int64) * H + head) * D * F + part * BF
     exchange += (row.to(tl.int64) * H + head) * 2 * PARTS * C * D
-    anchor_slot = ((group_end - group_start + row).to(tl.int64) * H + head) * D * F
+    anchor_slot = ((group_end - group_start + row).to(tl.int64) * H + head) * D * F + part * BF
     dtype = k.dtype.element_ty
-    gain_D = tl.load(gain + head * D + of_D)
-    dW1 = tl.load(dW1_state + state + tile)
-    dW2 = tl.load(dW2_state + state + tile)
+    dW1 = tl.load(dW1_state + state + share)
+    dW2 = tl.load(dW2_state + state + share)
     if MOMENTUM:
-        dS1 = tl.load(dS1_state + state + tile)
-        dS2 = tl.load(dS2_state + state + tile)
-    for back in range(high - low):
-        n = high - 1 - back
+        here = ((base + (high - 1) * stride - group_start) * H + head) * D * F + part * BF
+        tl.store(dS1_end + here + share, tl.load(dS1_state + state + share).to(dtype))
+        tl.store(dS2_end + here + share, tl.load(dS2_state + state + share).to(dtype))
+        tl.debug_barrier()
+    for index in range(low, high):
+        n = (low + high - 1 - index) ^ unseen_zero(index, 0)
         at = (base + n * stride - group_start) * H + head
-        anchor = tl.where(n == 0, anchor_slot, at * D * F)
-        token = first + n * C + slots
-        real = (token >= begin) & (token < end)
-        rows_C = (token * H + head) * D
-        at_KD = rows_C[:, None] + of_D[None, :]
-        at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
-        at_DC = at * C * D + slots[None, :] * D + of_D[:, None]
-        tile_CB = at * C * F + slots[:, None] * F + columns[None, :]
-        K_CD = tl.load(k + at_KD, mask=real[:, None], other=0.0)
-        Z1 = tl.load(Z1_in + tile_CB)
-        W2 = tl.load(W2_start + anchor + tile)
-        G2_CD = tl.load(G2_in + at_CD)
-        dG1 = tl.load(grad_G1 + tile_CB).to(tl.float32)
+        here = at * D * F + part * BF
+        hidden = at * C * F + part * BF
+        rows = ((first + n * C) * H + head) * D
         gates1 = vectors1 + at * ROWS * C
         gates2 = vectors2 + at * ROWS * C
+        zero = unseen_zero(index, 1)
+        slots, of_D, of_B = tl.arange(0, C) + zero, tl.arange(0, D) + zero, tl.arange(0, BF) + zero
+        real = (slots >= (begin - first - n * C).to(tl.int32)) & (slots < (end - first - n * C).to(tl.int32))
+        tile = of_D[:, None] * F + of_B[None, :]
+        tile_CB = slots[:, None] * F + of_B[None, :]
+        K_CD = tl.load(k + rows + slots[:, None] * (H * D) + of_D[None, :], mask=real[:, None], other=0.0)
+        G2_CD = tl.load(G2_in + at * C * D + slots[:, None] * D + of_D[None, :])
+        G2_DC = tl.load(G2_in + at * C * D + slots[None, :] * D + of_D[:, None])
+        anchor = tl.where(n == 0, anchor_slot, here)
+        W1 = tl.load(W1_start + anchor + tile)
+        W2 = tl.load(W2_start + anchor + tile)
         theta1 = tl.load(gates1 + THETA * C + slots)
         theta2 = tl.load(gates2 + THETA * C + slots)
         of_W1 = -theta1 * tl.load(gates1 + LAST_W * C + slots)
         of_W2 = -theta2 * tl.load(gates2 + LAST_W * C + slots)
-        low_dW2 = dW2.to(dtype)
-        tl.store(dW2_end + at * D * F + tile, low_dW2)
         low_dW1 = dW1.to(dtype)
-        tl.store(dW1_end + at * D * F + tile, low_dW1)
-        hidden_C, slope_C, bend_C = act_curvature(Z1.to(tl.float32), ACT)
-        hidden_C = hidden_C.to(dtype)  # half the registers, as what follows
-        slope_C = slope_C.to(dtype)
-        bend_C *= matmul(G2_CD, W2, PRECISION)
+        low_dW2 = dW2.to(dtype)
+        tl.store(dW1_end + here + tile, low_dW1)
+        tl.store(dW2_end + here + tile, low_dW2)
+        dG1 = tl.load(grad_G1 + hidden + tile_CB).to(tl.float32)
         dG1 = matmul_add((of_W1[:, None] * K_CD).to(dtype), low_dW1, dG1, PRECISION)
-        dG2_CD = matmul((of_W2[:, None] * hidden_C).to(dtype), tl.trans(low_dW2), PRECISION)
         if MOMENTUM:
             of_S1 = -theta1 * tl.load(gates1 + LAST_S * C + slots)
             of_S2 = -theta2 * tl.load(gates2 + LAST_S * C + slots)
-            low_dS1 = dS1.to(dtype)
-            low_dS2 = dS2.to(dtype)
-            tl.store(dS1_end + at * D * F + tile, low_dS1)
-            tl.store(dS2_end + at * D * F + tile, low_dS2)
+            low_dS1 = tl.load(dS1_end + here + tile)
+            low_dS2 = tl.load(dS2_end + here + tile)
             dG1 = matmul_add((of_S1[:, None] * K_CD).to(dtype), low_dS1, dG1, PRECISION)
-            dG2_CD = matmul_add((of_S2[:, None] * hidden_C).to(dtype), tl.trans(low_dS2), dG2_CD, PRECISION)
-        bend_C = (bend_C * dG1).to(dtype)
+        # Z1 again: it was rounded, too. Loaded it comes in a layout of its own, for which Triton computes
+        # the activation once more.
+        Z1 = matmul(K_CD, W1, PRECISION).to(dtype)
+        hidden_C, slope_C, bend_C = act_curvature(Z1.to(tl.float32), ACT)
+        hidden_C = hidden_C.to(dtype)  # half the registers, as what follows
+        slope_C = slope_C.to(dtype)
+        bend_C = (bend_C * matmul(G2_CD, W2, PRECISION) * dG1).to(dtype)
         gated_C = (dG1 * slope_C).to(dtype)  # gradient of G2 W2^T
+        at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
+        dG2_CD = tl.load(grad_G2 + at_CD, mask=(slots >= part * C)[:, None], other=0.0).to(tl.float32)
+        if NORM and PARTS == 1:
+            # Before the product: Triton gives the LN below the layout of whichever comes last. With these
+            # it computed all of it in two layouts.
+            normed = tl.load(normed_in + at_CD)
+            GN_CD = tl.load(GN_in + at_CD)
+        dG2_CD = matmul_add((of_W2[:, None] * hidden_C).to(dtype), tl.trans(low_dW2), dG2_CD, PRECISION)
+        if MOMENTUM:
+            dG2_CD = matmul_add((of_S2[:, None] * hidden_C).to(dtype), tl.trans(low_dS2), dG2_CD, PRECISION)
         dG2_CD = matmul_add(gated_C, tl.trans(W2), dG2_CD, PRECISION)
-        dG2_CD = sum_of_parts(dG2_CD, exchange, arrived + place // PARTS, part, back, PARTS, C, D)
-        dG2_CD += tl.load(grad_G2 + at_CD).to(tl.float32)
+        # From here on dW1 and dW2 are those at the chunk's start. What passes through the anchor belongs to
+        # the first one in chunk 0: there they start again from zero.
+        dW1 = tl.load(gates1 + END * C) * dW1 + tl.load(grad_W1 + here + tile).to(tl.float32)
+        dW2 = tl.load(gates2 + END * C) * dW2 + tl.load(grad_W2 + here + tile).to(tl.float32)
+        if n == 0:
+            tl.store(dW1_state + state + tile, dW1)
+            tl.store(dW2_state + state + tile, dW2)
+        dW1 = tl.where(n == 0, 0.0, dW1)
+        dW2 = matmul_add(G2_DC, gated_C, tl.where(n == 0, 0.0, dW2), PRECISION)
+        dG2_CD = sum_of_parts(dG2_CD, exchange, arrived + place // PARTS, part, index - low, PARTS, C, D)
+        zero = unseen_zero(index, 2)
+        slots, of_D, of_B = tl.arange(0, C) + zero, tl.arange(0, D) + zero, tl.arange(0, BF) + zero
+        at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
+        if part == 0:
+            tl.store(complete_G2 + at_CD, dG2_CD.to(dtype))
         if NORM:
-            normed = tl.load(normed_in + at_CD).to(tl.float32)
-            GN_CD = tl.load(GN_in + at_CD).to(tl.float32)
-            rstd = tl.load(rstd_in + at * C + slots)
-            mean_GN = tl.sum(GN_CD, 1) / D
-            along_GN = tl.sum(GN_CD * normed, 1) / D
+            if PARTS > 1:
+                normed = tl.load(normed_in + at_CD)
+                GN_CD = tl.load(GN_in + at_CD)
+            normed = normed.to(tl.float32)
+            GN_CD = GN_CD.to(tl.float32)
+            rstd = tl.load(rows_in + at * 3 * C + slots)
+            mean_GN = tl.load(rows_in + (at * 3 + 1) * C + slots)
+            along_GN = tl.load(rows_in + (at * 3 + 2) * C + slots)
+            gain_D = tl.load(gain + head * D + of_D)
             mean_dG2 = tl.sum(dG2_CD, 1) / D
             along_dG2 = tl.sum(dG2_CD * normed, 1) / D
             # G2 = rstd (GN - mean - normed along): through rstd, through normed and along, through GN.
@@ -327,47 +394,51 @@ def mlp_write_backward(
             dZ2_CD = 2.0 * dG2_CD
         dZ2_CD = dZ2_CD.to(dtype)
         tl.store(grad_Z2 + at_CD, dZ2_CD)  # every part stores the same bits, and reads what it stored itself
-        tl.store(complete_G2 + at_CD, dG2_CD.to(dtype))
         tl.debug_barrier()
-        dZ2_DC = tl.load(grad_Z2 + at_DC)
-        G2_DC = tl.load(G2_in + at_DC)
-        K_DC = tl.load(k + rows_C[None, :] + of_D[:, None], mask=real[None, :], other=0.0)
-        dH = tl.load(grad_H + tile_CB).to(tl.float32)
+        zero = unseen_zero(index, 3)
+        slots, of_D, of_B = tl.arange(0, C) + zero, tl.arange(0, D) + zero, tl.arange(0, BF) + zero
+        real = (slots >= (begin - first - n * C).to(tl.int32)) & (slots < (end - first - n * C).to(tl.int32))
+        tile = of_D[:, None] * F + of_B[None, :]
+        tile_CB = slots[:, None] * F + of_B[None, :]
+        dZ2_DC = tl.load(grad_Z2 + at * C * D + slots[None, :] * D + of_D[:, None])
+        K_DC = tl.load(k + rows + slots[None, :] * (H * D) + of_D[:, None], mask=real[None, :], other=0.0)
+        dH = tl.load(grad_H + hidden + tile_CB).to(tl.float32)
+        G2_CD = tl.load(G2_in + at * C * D + slots[:, None] * D + of_D[None, :])
         dH = matmul_add((of_W2[:, None] * G2_CD).to(dtype), low_dW2, dH, PRECISION)
         if MOMENTUM:
             dH = matmul_add((of_S2[:, None] * G2_CD).to(dtype), low_dS2, dH, PRECISION)
-        dZ1 = (matmul_add(dZ2_CD, W2, dH, PRECISION) * slope_C + bend_C).to(dtype)
-        tl.store(complete_Z1 + tile_CB, dZ1)
-        inner2 = matmul(G2_DC, gated_C, PRECISION)
-        inner2 = matmul_add(dZ2_DC, hidden_C, inner2, PRECISION)
-        inner1 = matmul(K_DC, dZ1, PRECISION)
+        dH = matmul_add(dZ2_CD, W2, dH, PRECISION)
+        dZ1 = (dH * slope_C + bend_C).to(dtype)
+        tl.store(complete_Z1 + hidden + tile_CB, dZ1)
+        dW2 = matmul_add(dZ2_DC, hidden_C, dW2, PRECISION)
+        dW1 = matmul_add(K_DC, dZ1, dW1, PRECISION)
+        if (n == count - 1) & (n > 0):
+            dW1 += tl.load(grad_end1 + state + tile)
+            dW2 += tl.load(grad_end2 + state + tile)
         if MOMENTUM:
-            from_reads = tl.load(grad_S1 + at * D * F + tile).to(tl.float32)
-            dS1 = tl.load(gates1 + END * C + 2) * dS1 + tl.load(gates1 + END * C + 1) * dW1 + from_reads
-            from_reads = tl.load(grad_S2 + at * D * F + tile).to(tl.float32)
-            dS2 = tl.load(gates2 + END * C + 2) * dS2 + tl.load(gates2 + END * C + 1) * dW2 + from_reads
-        dW1 = tl.load(gates1 + END * C) * dW1 + tl.load(grad_W1 + at * D * F + tile).to(tl.float32)
-        dW2 = tl.load(gates2 + END * C) * dW2 + tl.load(grad_W2 + at * D * F + tile).to(tl.float32)
-        if n == 0:
-            tl.store(grad_first1 + state + tile, inner1)
-            tl.store(grad_first2 + state + tile, inner2)
-        else:
-            dW1 += inner1
-            dW2 += inner2
-            if n == count - 1:
-                dW1 += tl.load(grad_end1 + state + tile)
-                dW2 += tl.load(grad_end2 + state + tile)
-    tl.store(dW1_state + state + tile, dW1)
-    tl.store(dW2_state + state + tile, dW2)
-    if MOMENTUM:
-        tl.store(dS1_state + state + tile, dS1)
-        tl.store(dS2_state + state + tile, dS2)
+            before = here - stride * H * D * F
+            last = index == high - 1
+            move_back(
+                dS1_end + here, dW1_end + here, grad_S1 + here, dS1_end + before, dS1_state + state,
+                last, tile, gates1 + END * C,
+            )  # fmt: skip
+            move_back(
+                dS2_end + here, dW2_end + here, grad_S2 + here, dS2_end + before, dS2_state + state,
+                last, tile, gates2 + END * C,
+            )  # fmt: skip
+            tl.debug_barrier()  # the next chunk may load dS in another layout
+    if low == 0:
+        tl.store(grad_first1 + state + share, dW1)
+        tl.store(grad_first2 + state + share, dW2)
+    else:
+        tl.store(dW1_state + state + share, dW1)
+        tl.store(dW2_state + state + share, dW2)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mlp_finish(
     k, v, gain, bias, grad_k, grad_v, vectors1, vectors2, table, cell_row,
-    W1_start, S1_start, W2_start, S2_start, Z1_in, G1_in, G2_in, normed_in, rstd_in,
+    W1_start, S1_start, W2_start, S2_start, Z1_in, G1_in, G2_in, normed_in, rows_in,
     grad_K_reads, grad_Z1, grad_G2, grad_gain, grad_bias, dW1_end, dS1_end, dW2_end, dS2_end,
     gate_parts1, gate_parts2, grad_theta, grad_log_decay, grad_log_momentum,
     num_rows, group_start, group_end, stride,
@@ -390,11 +461,16 @@ def mlp_finish(
     at = cell.to(tl.int64) * H + head
     anchor_cell = tl.where(step == 0, group_end - group_start + row, cell)
     anchor = (anchor_cell.to(tl.int64) * H + head) * D * F
-    K_CD = tl.load(k + at_KD, mask=real[:, None], other=0.0).to(tl.float32)
+    K_CD = tl.load(k + at_KD, mask=real[:, None], other=0.0)
     G2_CD = tl.load(G2_in + at * C * D + slots[:, None] * D + of_D[None, :])
-    through_Z1 = tl.zeros([C, D], tl.float32)
-    by_W1 = tl.zeros([C, D], tl.float32)
-    by_S1 = tl.zeros([C, D], tl.float32)
+    gates1 = vectors1 + at * ROWS * C
+    gates2 = vectors2 + at * ROWS * C
+    theta1 = tl.load(gates1 + THETA * C + slots)
+    of_W1 = -theta1 * tl.load(gates1 + LAST_W * C + slots)
+    of_S1 = -theta1 * tl.load(gates1 + LAST_S * C + slots)
+    dK_CD = tl.zeros([C, D], tl.float32)
+    last_W1 = tl.zeros([C], tl.float32)
+    last_S1 = tl.zeros([C], tl.float32)
     last_W2 = tl.zeros([C], tl.float32)
     last_S2 = tl.zeros([C], tl.float32)
     dW_W1 = 0.0
@@ -403,44 +479,37 @@ def mlp_finish(
     dW_W2 = 0.0
     dW_S2 = 0.0
     dS_S2 = 0.0
-    for block in range(F // BF):
-        column = of_D[:, None] * F + block * BF + of_B[None, :]
+    for index in range(first_block(step, F // BF), F // BF):
+        block = index ^ unseen_zero(index, 0)
+        zero = unseen_zero(index, 1)
+        in_C, in_D, in_B = slots + zero, of_D + zero, of_B + zero
+        column = in_D[:, None] * F + block * BF + in_B[None, :]
         tile = at * D * F + column
-        tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
+        tile_CB = at * C * F + in_C[:, None] * F + block * BF + in_B[None, :]
         G1 = tl.load(G1_in + tile_CB)
-        written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT)
         dW1 = tl.load(dW1_end + tile)
         dW2 = tl.load(dW2_end + tile)
-        through_Z1 = matmul_add(
-            tl.load(grad_Z1 + tile_CB), tl.trans(tl.load(W1_start + anchor + column)), through_Z1, PRECISION
-        )
-        by_W1 = matmul_add(G1, tl.trans(dW1), by_W1, PRECISION)
-        last_W2 -= tl.sum(written_C * matmul(G2_CD, dW2, PRECISION), 1)
-        dW_W1 += tl.sum(dW1.to(tl.float32) * tl.load(W1_start + tile).to(tl.float32))
-        dW_W2 += tl.sum(dW2.to(tl.float32) * tl.load(W2_start + tile).to(tl.float32))
+        W1_T = tl.trans(tl.load(W1_start + anchor + column))
+        dK_CD = matmul_add(tl.load(grad_Z1 + tile_CB), W1_T, dK_CD, PRECISION)
+        dK_CD = matmul_add((of_W1[:, None] * G1).to(G1.dtype), tl.trans(dW1), dK_CD, PRECISION)
+        last_W1 -= tl.sum(matmul(K_CD, dW1, PRECISION) * G1.to(tl.float32), 1)
+        written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT)
+        last_W2 -= tl.sum(matmul(G2_CD, dW2, PRECISION) * written_C, 1)
         if MOMENTUM:
             dS1 = tl.load(dS1_end + tile)
             dS2 = tl.load(dS2_end + tile)
+            dK_CD = matmul_add((of_S1[:, None] * G1).to(G1.dtype), tl.trans(dS1), dK_CD, PRECISION)
+            last_S1 -= tl.sum(matmul(K_CD, dS1, PRECISION) * G1.to(tl.float32), 1)
+            last_S2 -= tl.sum(matmul(G2_CD, dS2, PRECISION) * written_C, 1)
             S1 = tl.load(S1_start + tile).to(tl.float32)
-            S2 = tl.load(S2_start + tile).to(tl.float32)
-            by_S1 = matmul_add(G1, tl.trans(dS1), by_S1, PRECISION)
-            last_S2 -= tl.sum(written_C * matmul(G2_CD, dS2, PRECISION), 1)
             dW_S1 += tl.sum(dW1.to(tl.float32) * S1)
             dS_S1 += tl.sum(dS1.to(tl.float32) * S1)
+            S2 = tl.load(S2_start + tile).to(tl.float32)
             dW_S2 += tl.sum(dW2.to(tl.float32) * S2)
             dS_S2 += tl.sum(dS2.to(tl.float32) * S2)
-    gates1 = vectors1 + at * ROWS * C
-    gates2 = vectors2 + at * ROWS * C
-    theta1 = tl.load(gates1 + THETA * C + slots)
-    dK_CD = (
-        tl.load(grad_K_reads + at * D * C + of_D[None, :] * C + slots[:, None]).to(tl.float32) + through_Z1
-    )
-    dK_CD -= (theta1 * tl.load(gates1 + LAST_W * C + slots))[:, None] * by_W1
-    last_W1 = -tl.sum(K_CD * by_W1, 1)
-    last_S1 = tl.zeros([C], tl.float32)
-    if MOMENTUM:
-        dK_CD -= (theta1 * tl.load(gates1 + LAST_S * C + slots))[:, None] * by_S1
-        last_S1 = -tl.sum(K_CD * by_S1, 1)
+        dW_W1 += tl.sum(dW1.to(tl.float32) * tl.load(W1_start + tile).to(tl.float32))
+        dW_W2 += tl.sum(dW2.to(tl.float32) * tl.load(W2_start + tile).to(tl.float32))
+    dK_CD += tl.load(grad_K_reads + at * D * C + of_D[None, :] * C + slots[:, None]).to(tl.float32)
     at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
     d_error = tl.load(grad_G2 + at_CD).to(tl.float32)
     if NORM:
@@ -449,8 +518,8 @@ def mlp_finish(
         error = tl.load(bias + head * D + of_D)[None, :] + gain_D * normed
         error -= tl.load(v + at_KD, mask=real[:, None], other=0.0).to(tl.float32)
         if RESIDUAL:
-            error += K_CD
-        d_GN = normalize_backward(d_error, normed, tl.load(rstd_in + at * C + slots), D)
+            error += tl.load(k + at_KD, mask=real[:, None], other=0.0).to(tl.float32)
+        d_GN = normalize_backward(d_error, normed, tl.load(rows_in + at * 3 * C + slots), D)
         d_error = gain_D * d_GN
         at_D = at * D + of_D
         d_gain = 2.0 * tl.sum(tl.where(real[:, None], d_GN * error + d_error * normed, 0.0), 0)

@@ -32,23 +32,67 @@ from titans.ops.kernels.functions import (
     matmul_add,
     mixing,
     normalize,
-    normalize_backward,
     place_of,
     row_of,
     sum_of_parts,
 )
 
 
+@triton.jit
+def unseen_zero(n, SALT: tl.constexpr):
+    """0 for n >= 0, which the compiler cannot know.
+
+    Offsets of a tile plus this are computed where they are used. Without it LLVM keeps a 64-bit pointer per
+    row and tensor in registers through the whole loop of a serial kernel: 150 of the 255 registers.
+    """
+    return (tl.minimum(n + SALT, SALT) - SALT).to(tl.int32) * 64
+
+
+@triton.jit
+def first_block(step, BLOCKS: tl.constexpr):
+    """0, where there are several blocks such that the compiler cannot know it (`unseen_zero`)."""
+    if BLOCKS == 1:
+        return 0
+    else:
+        return unseen_zero(step, 0)
+
+
+@triton.jit
+def move(
+    W, S_here, S_next, S_state, last, tile, input_T, grad, gates, slots,
+    MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W at the next chunk's start. S goes through memory: registers have no room for it."""
+    dtype = grad.dtype
+    theta = tl.load(gates + THETA * slots.shape[0] + slots)
+    W = tl.load(gates + END * slots.shape[0]) * W
+    if MOMENTUM:
+        S = tl.load(S_here + tile).to(tl.float32)
+        W += tl.load(gates + END * slots.shape[0] + 1) * S
+        S = tl.load(gates + END * slots.shape[0] + 2) * S
+        to_S = -theta * tl.load(gates + LAST_S * slots.shape[0] + slots)
+        S = matmul_add(input_T, (to_S[:, None] * grad).to(dtype), S, PRECISION)
+        if last:
+            tl.store(S_state + tile, S)
+        else:
+            tl.store(S_next + tile, S.to(dtype))
+    to_W = -theta * tl.load(gates + LAST_W * slots.shape[0] + slots)
+    return matmul_add(input_T, (to_W[:, None] * grad).to(dtype), W, PRECISION)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def mlp_write(
     k, v, gain, bias, vectors1, vectors2, table, W1_state, S1_state, W2_state, S2_state,
     first1, first2, end1, end2, W1_start, S1_start, W2_start, S2_start, Z1_out, G1_out, G2_out, normed_out,
-    GN_out, rstd_out, exchange, arrived, num_rows, group_start, group_end, stride,
+    GN_out, rows_out, exchange, arrived, num_rows, group_start, group_end, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, KEEP: tl.constexpr, PRECISION:
+    tl.constexpr,
 ):  # fmt: skip
     """Grid (rows x H x F / BF). The states `[rows, H, D, F]` fp32 are read and written. exchange `[rows x H,
-    2, F / BF, C, D]` fp32 and arrived `[rows x H + 1]` int32, zero, as in `sum_of_parts` and `place_of`."""
+    2, F / BF, C, D]` fp32 and arrived `[rows x H + 1]` int32, zero, as in `sum_of_parts` and `place_of`.
+    KEEP: stores what only the backward reads: normed, GN and, of each row `[3, C]`, rstd, GN's mean and its
+    mean along normed."""
     PARTS: tl.constexpr = F // BF
     place = place_of(arrived + num_rows * H, PARTS)
     part, row, head = place % PARTS, place // PARTS // H, place // PARTS % H
@@ -56,97 +100,108 @@ def mlp_write(
     low, high = chunks_of_group(base, count, stride, group_start, group_end)
     if low >= high:
         return
-    slots, of_D = tl.arange(0, C), tl.arange(0, D)
-    columns = part * BF + tl.arange(0, BF)
-    tile = of_D[:, None] * F + columns[None, :]
-    state = (row.to(tl.int64) * H + head) * D * F
+    share = tl.arange(0, D)[:, None] * F + tl.arange(0, BF)[None, :]
+    state = (row.to(tl.int64) * H + head) * D * F + part * BF
     exchange += (row.to(tl.int64) * H + head) * 2 * PARTS * C * D
     dtype = k.dtype.element_ty
-    gain_D = tl.load(gain + head * D + of_D)
-    bias_D = tl.load(bias + head * D + of_D)
-    W1 = tl.load(W1_state + state + tile)
-    W2 = tl.load(W2_state + state + tile)
-    if MOMENTUM:
-        S1 = tl.load(S1_state + state + tile)
-        S2 = tl.load(S2_state + state + tile)
+    W1 = tl.load(W1_state + state + share)
+    W2 = tl.load(W2_state + state + share)
+    anchor1 = W1.to(dtype)
+    anchor2 = W2.to(dtype)
     if low == 0:
-        anchor1 = tl.load(first1 + state + tile).to(dtype)
-        anchor2 = tl.load(first2 + state + tile).to(dtype)
-        slot = ((group_end - group_start + row).to(tl.int64) * H + head) * D * F
-        tl.store(W1_start + slot + tile, anchor1)
-        tl.store(W2_start + slot + tile, anchor2)
-    else:
-        anchor1 = W1.to(dtype)
-        anchor2 = W2.to(dtype)
-    for n in range(low, high):
+        anchor1 = tl.load(first1 + state + share).to(dtype)
+        anchor2 = tl.load(first2 + state + share).to(dtype)
+        slot = ((group_end - group_start + row).to(tl.int64) * H + head) * D * F + part * BF
+        tl.store(W1_start + slot + share, anchor1)
+        tl.store(W2_start + slot + share, anchor2)
+    if MOMENTUM:
+        here = ((base + low * stride - group_start) * H + head) * D * F + part * BF
+        tl.store(S1_start + here + share, tl.load(S1_state + state + share).to(dtype))
+        tl.store(S2_start + here + share, tl.load(S2_state + state + share).to(dtype))
+    for index in range(low, high):
+        n = index ^ unseen_zero(index, 0)
+        zero = unseen_zero(index, 1)
+        slots, of_D, of_B = tl.arange(0, C) + zero, tl.arange(0, D) + zero, tl.arange(0, BF) + zero
         at = (base + n * stride - group_start) * H + head
-        token = first + n * C + slots
-        real = (token >= begin) & (token < end)
-        rows_C = (token * H + head) * D
-        K_CD = tl.load(k + rows_C[:, None] + of_D[None, :], mask=real[:, None], other=0.0)
-        K_DC = tl.load(k + rows_C[None, :] + of_D[:, None], mask=real[None, :], other=0.0)
-        target = tl.load(v + rows_C[:, None] + of_D[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-        gates1 = vectors1 + at * ROWS * C
-        gates2 = vectors2 + at * ROWS * C
-        theta1 = tl.load(gates1 + THETA * C + slots)
-        theta2 = tl.load(gates2 + THETA * C + slots)
-        to_W1 = -theta1 * tl.load(gates1 + LAST_W * C + slots)
-        to_W2 = -theta2 * tl.load(gates2 + LAST_W * C + slots)
-        tl.store(W1_start + at * D * F + tile, W1.to(dtype))
-        tl.store(W2_start + at * D * F + tile, W2.to(dtype))
-        if MOMENTUM:
-            to_S1 = -theta1 * tl.load(gates1 + LAST_S * C + slots)
-            to_S2 = -theta2 * tl.load(gates2 + LAST_S * C + slots)
-            tl.store(S1_start + at * D * F + tile, S1.to(dtype))
-            tl.store(S2_start + at * D * F + tile, S2.to(dtype))
-        if (n == count - 1) & (n > 0):
-            tl.store(end1 + state + tile, W1)
-            tl.store(end2 + state + tile, W2)
-        tile_CB = at * C * F + slots[:, None] * F + columns[None, :]
+        here = at * D * F + part * BF
+        rows = ((first + n * C) * H + head) * D
+        real = (slots >= (begin - first - n * C).to(tl.int32)) & (slots < (end - first - n * C).to(tl.int32))
+        at_CD = slots[:, None] * (H * D) + of_D[None, :]
+        tile = of_D[:, None] * F + of_B[None, :]
+        tile_CB = slots[:, None] * F + of_B[None, :]
+        hidden = at * C * F + part * BF
+        K_CD = tl.load(k + rows + at_CD, mask=real[:, None], other=0.0)
+        target = tl.load(v + rows + at_CD, mask=real[:, None], other=0.0)
         Z1 = matmul(K_CD, anchor1, PRECISION).to(dtype)
-        tl.store(Z1_out + tile_CB, Z1)
+        tl.store(Z1_out + hidden + tile_CB, Z1)
         hidden_C, slope_C = act_slope(Z1.to(tl.float32), ACT)
         hidden_C = hidden_C.to(dtype)  # half the registers, as the slope
         slope_C = slope_C.to(dtype)
         Z2_CD = matmul(hidden_C, tl.trans(anchor2), PRECISION)
-        Z2_CD = sum_of_parts(Z2_CD, exchange, arrived + place // PARTS, part, n - low, PARTS, C, D)
+        Z2_CD = sum_of_parts(Z2_CD, exchange, arrived + place // PARTS, part, index - low, PARTS, C, D)
+        zero = unseen_zero(index, 2)
+        slots, of_D, of_B = tl.arange(0, C) + zero, tl.arange(0, D) + zero, tl.arange(0, BF) + zero
+        # Not before the exchange: it waits until all that was stored before can be seen.
+        tile = of_D[:, None] * F + of_B[None, :]
+        tl.store(W1_start + here + tile, W1.to(dtype))
+        tl.store(W2_start + here + tile, W2.to(dtype))
+        if (n == count - 1) & (n > 0):
+            tl.store(end1 + state + tile, W1)
+            tl.store(end2 + state + tile, W2)
+        real = (slots >= (begin - first - n * C).to(tl.int32)) & (slots < (end - first - n * C).to(tl.int32))
+        target = target.to(tl.float32)
         if RESIDUAL:
+            if PARTS > 1:  # not kept in registers meanwhile
+                at_CD = slots[:, None] * (H * D) + of_D[None, :]
+                K_CD = tl.load(k + rows + at_CD, mask=real[:, None], other=0.0)
             target -= K_CD.to(tl.float32)
-        at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
+        in_CD = slots[:, None] * D + of_D[None, :]
         if NORM:
             normed, rstd = normalize(Z2_CD, D)
+            gain_D = tl.load(gain + head * D + of_D)
+            bias_D = tl.load(bias + head * D + of_D)
             GN_CD = gain_D[None, :] * (2.0 * (gain_D[None, :] * normed + bias_D[None, :] - target))
-            G2_CD = normalize_backward(GN_CD, normed, rstd, D)
-            if part == 0:
-                tl.store(normed_out + at_CD, normed.to(dtype))
-                tl.store(GN_out + at_CD, GN_CD.to(dtype))
-                tl.store(rstd_out + at * C + slots, rstd)
+            if KEEP and part == 0:
+                tl.store(normed_out + at * C * D + in_CD, normed.to(dtype))
+                tl.store(GN_out + at * C * D + in_CD, GN_CD.to(dtype))
+            mean = tl.sum(GN_CD, 1) / D
+            along = tl.sum(GN_CD * normed, 1) / D
+            if KEEP and part == 0:
+                tl.store(rows_out + at * 3 * C + slots, rstd)
+                tl.store(rows_out + (at * 3 + 1) * C + slots, mean)
+                tl.store(rows_out + (at * 3 + 2) * C + slots, along)
+            G2_CD = rstd[:, None] * (GN_CD - mean[:, None] - normed * along[:, None])
         else:
             G2_CD = 2.0 * (Z2_CD - target)
         G2_CD = tl.where(real[:, None], G2_CD, 0.0).to(dtype)
-        tl.store(G2_out + at_CD, G2_CD)  # every part stores the same bits, and reads what it stored itself
+        # Every part stores the same bits, and reads what it stored itself.
+        tl.store(G2_out + at * C * D + in_CD, G2_CD)
         tl.debug_barrier()
-        G2_DC = tl.load(G2_out + at * C * D + slots[None, :] * D + of_D[:, None])
+        zero = unseen_zero(index, 3)
+        slots, of_D, of_B = tl.arange(0, C) + zero, tl.arange(0, D) + zero, tl.arange(0, BF) + zero
+        real = (slots >= (begin - first - n * C).to(tl.int32)) & (slots < (end - first - n * C).to(tl.int32))
+        tile = of_D[:, None] * F + of_B[None, :]
+        tile_CB = slots[:, None] * F + of_B[None, :]
         G1 = (matmul(G2_CD, anchor2, PRECISION) * slope_C).to(dtype)
-        tl.store(G1_out + tile_CB, G1)
-        W1 = tl.load(gates1 + END * C) * W1
-        W2 = tl.load(gates2 + END * C) * W2
-        if MOMENTUM:
-            W1 += tl.load(gates1 + END * C + 1) * S1
-            W2 += tl.load(gates2 + END * C + 1) * S2
-            S1 = tl.load(gates1 + END * C + 2) * S1
-            S2 = tl.load(gates2 + END * C + 2) * S2
-            S1 = matmul_add(K_DC, (to_S1[:, None] * G1).to(dtype), S1, PRECISION)
-            S2 = matmul_add(G2_DC, (to_S2[:, None] * hidden_C).to(dtype), S2, PRECISION)
-        W1 = matmul_add(K_DC, (to_W1[:, None] * G1).to(dtype), W1, PRECISION)
-        W2 = matmul_add(G2_DC, (to_W2[:, None] * hidden_C).to(dtype), W2, PRECISION)
+        tl.store(G1_out + hidden + tile_CB, G1)
+        gates1 = vectors1 + at * ROWS * C
+        gates2 = vectors2 + at * ROWS * C
+        then = here + stride * H * D * F
+        last = index == high - 1
+        K_DC = tl.load(k + rows + slots[None, :] * (H * D) + of_D[:, None], mask=real[None, :], other=0.0)
+        W1 = move(
+            W1, S1_start + here, S1_start + then, S1_state + state, last, tile, K_DC, G1, gates1,
+            slots, MOMENTUM, PRECISION,
+        )  # fmt: skip
+        G2_DC = tl.load(G2_out + at * C * D + slots[None, :] * D + of_D[:, None])
+        W2 = move(
+            W2, S2_start + here, S2_start + then, S2_state + state, last, tile, G2_DC, hidden_C, gates2,
+            slots, MOMENTUM, PRECISION,
+        )  # fmt: skip
         anchor1 = W1.to(dtype)
         anchor2 = W2.to(dtype)
-    tl.store(W1_state + state + tile, W1)
-    tl.store(W2_state + state + tile, W2)
-    if MOMENTUM:
-        tl.store(S1_state + state + tile, S1)
-        tl.store(S2_state + state + tile, S2)
+    tl.store(W1_state + state + share, W1)
+    tl.store(W2_state + state + share, W2)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -190,9 +245,12 @@ def mlp_read(
         Q_feed = (feed1[:, None] * Q_CD).to(dtype)
     scores2_CC = tl.zeros([C, C], tl.float32)
     Z2_CD = tl.zeros([C, D], tl.float32)
-    for block in range(F // BF):
-        tile = at * D * F + of_D[:, None] * F + block * BF + of_B[None, :]
-        tile_CB = at * C * F + slots[:, None] * F + block * BF + of_B[None, :]
+    for index in range(first_block(step, F // BF), F // BF):
+        block = index ^ unseen_zero(index, 0)
+        zero = unseen_zero(index, 1)
+        in_C, in_D, in_B = slots + zero, of_D + zero, of_B + zero
+        tile = at * D * F + in_D[:, None] * F + block * BF + in_B[None, :]
+        tile_CB = at * C * F + in_C[:, None] * F + block * BF + in_B[None, :]
         Z1 = matmul(Q_beta, tl.load(W1_start + tile), PRECISION)
         if MOMENTUM:
             Z1 = matmul_add(Q_feed, tl.load(S1_start + tile), Z1, PRECISION)

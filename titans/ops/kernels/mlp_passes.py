@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titans.ops.kernels.dispatch import run_kernel
 from titans.ops.kernels.launch import Call, Launch
 from titans.ops.kernels.mlp_backward import (
     mlp_finish,
@@ -33,7 +34,7 @@ FINISH = Launch(warps=4)
 @dataclass
 class MLPGroup:
     """Buffers of a group. states: W1, S1, W2, S2 at the chunks' starts (S is W without momentum: never read);
-    Z1, G1, G2, normed, GN, rstd: what the write leaves of the inner gradient."""
+    Z1, G1, G2, normed, GN, rows: what the write leaves of the inner gradient."""
 
     call: Call
     group: tuple[int, int]
@@ -44,7 +45,7 @@ class MLPGroup:
     G2: Tensor
     normed: Tensor
     GN: Tensor
-    rstd: Tensor
+    rows: Tensor
 
     @staticmethod
     def numbers_per_cell(spec: MemorySpec, chunk_size: int) -> int:
@@ -69,7 +70,7 @@ class MLPGroup:
             G2=call.scratch(cells, H, C, call.D),
             normed=call.scratch(cells, H, C, call.D),
             GN=call.scratch(cells, H, C, call.D),
-            rstd=call.scratch(cells, H, C, dtype=torch.float32),
+            rows=call.scratch(cells, H, 3, C, dtype=torch.float32),
         )
 
     @property
@@ -113,25 +114,26 @@ class MLPGroup:
         arrived = torch.zeros(heads + 1, dtype=torch.int32, device=call.q.device)
         return heads * parts, columns, call.scratch(*floats, dtype=torch.float32), arrived
 
-    def write(self, weights: Tensors, momentum: Tensors, first: Tensors, end: Tensors) -> None:
-        """Moves weights and momentum on to the end of the group, in place."""
+    def write(self, weights: Tensors, momentum: Tensors, first: Tensors, end: Tensors, keep: bool) -> None:
+        """Moves weights and momentum on to the end of the group, in place. keep: `backward` follows."""
         call = self.call
         (W1, W2), (S1, S2) = weights, momentum or weights
         programs, columns, exchange, arrived = self._parts(WRITE)
-        mlp_write[(programs,)](
+        run_kernel(
+            mlp_write, (programs,), self._options(WRITE),
             call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table,
             W1, S1, W2, S2, *first, *end, *self.states, self.Z1, self.G1, self.G2, self.normed, self.GN,
-            self.rstd, exchange, arrived, *self._serial(), *self._sizes(columns),
-            call.spec.residual, call.spec.norm, call.momentum, call.precision, **self._options(WRITE),
+            self.rows, exchange, arrived, *self._serial(), *self._sizes(columns),
+            call.spec.residual, call.spec.norm, call.momentum, keep, call.precision,
         )  # fmt: skip
 
     def read(self, output: Tensor) -> None:
         call = self.call
-        mlp_read[(self._cells, call.H)](
+        run_kernel(
+            mlp_read, (self._cells, call.H), self._options(READ),
             call.q, call.k, output, call.gain, call.bias, *self._vectors, *self._tables, *self.states,
             self.Z1, self.G1, self.G2, *self._parallel(), *self._sizes(READ.block),
             call.spec.residual, call.spec.norm, call.momentum, call.sets == 1, call.exact, call.precision,
-            **self._options(READ),
         )  # fmt: skip
 
     def backward(
@@ -150,12 +152,12 @@ class MLPGroup:
         affine = torch.zeros(2, cells, H, D, device=call.q.device)
         grad_Z2 = torch.empty_like(self.G2)
         mixed1, mixed2, grad_scores2 = (call.scratch(cells, H, C, C) for _ in range(3))
-        mlp_read_backward_2[(cells, H)](
+        run_kernel(
+            mlp_read_backward_2, (cells, H), self._options(READ_BACKWARD_2),
             call.q, call.k, grad_output, call.gain, *self._vectors, *self._tables, *self.states,
             self.Z1, self.G1, self.G2, grad_Z2, mixed1, mixed2, grad_scores2, parts[1], *affine,
             *self._parallel(), *self._sizes(READ_BACKWARD_2.block),
             call.spec.norm, call.momentum, shared, call.exact, call.precision,
-            **self._options(READ_BACKWARD_2),
         )  # fmt: skip
         grad_K = call.scratch(cells, H, D, C)
         grad_H, grad_G1, grad_G2 = (
@@ -164,30 +166,32 @@ class MLPGroup:
             torch.empty_like(self.G2),
         )
         d_states, d_ends = self._state_gradients(), self._state_gradients()
-        mlp_read_backward_1[(cells, H)](
+        run_kernel(
+            mlp_read_backward_1, (cells, H), self._options(READ_BACKWARD_1),
             call.q, call.k, grad_output, grads.q, *self._vectors, *self._tables, *self.states,
             self.Z1, self.G1, grad_Z2, mixed1, mixed2, grad_scores2,
             grad_K, grad_H, grad_G1, grad_G2, *d_states, parts[0],
             *self._parallel(), *self._sizes(READ_BACKWARD_1.block),
-            call.spec.residual, call.momentum, call.exact, call.precision, **self._options(READ_BACKWARD_1),
+            call.spec.residual, call.momentum, call.exact, call.precision,
         )  # fmt: skip
         (W1, W2), (S1, S2) = grad_weights, grad_momentum or grad_weights
         programs, columns, exchange, arrived = self._parts(WRITE_BACKWARD)
         d_Z1, d_G2 = torch.empty_like(grad_H), torch.empty_like(grad_G2)
-        mlp_write_backward[(programs,)](
+        run_kernel(
+            mlp_write_backward, (programs,), self._options(WRITE_BACKWARD),
             call.k, call.gain, *self._vectors, call.plan.table, W1, S1, W2, S2,
-            *grad_first, *grad_end, self.states[2], self.Z1, self.G2, self.normed, self.GN, self.rstd,
+            *grad_first, *grad_end, self.states[0], self.states[2], self.G2, self.normed, self.GN, self.rows,
             grad_H, grad_G1, grad_G2, *d_states, *d_ends, grad_Z2, d_Z1, d_G2,
             exchange, arrived, *self._serial(), *self._sizes(columns),
-            call.spec.norm, call.momentum, call.precision, **self._options(WRITE_BACKWARD),
+            call.spec.norm, call.momentum, call.precision,
         )  # fmt: skip
-        mlp_finish[(cells, H)](
+        run_kernel(
+            mlp_finish, (cells, H), self._options(FINISH),
             call.k, call.v, call.gain, call.bias, grads.k, grads.v, *self._vectors, *self._tables,
-            *self.states, self.Z1, self.G1, self.G2, self.normed, self.rstd, grad_K, d_Z1, d_G2, *affine,
+            *self.states, self.Z1, self.G1, self.G2, self.normed, self.rows, grad_K, d_Z1, d_G2, *affine,
             *d_ends, *parts, grads.theta, grads.log_decay, grads.log_momentum,
             call.plan.rows, *self.group, call.plan.stride, *self._sizes(FINISH.block),
             call.spec.residual, call.spec.norm, call.momentum, shared, call.exact, call.precision,
-            **self._options(FINISH),
         )  # fmt: skip
         if grads.gain is not None and grads.bias is not None:
             gain, bias = affine.sum(1)

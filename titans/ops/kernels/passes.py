@@ -53,7 +53,7 @@ def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
             for stack, state in zip(stacks, [*weights, *momentum], strict=True):
                 stack[index - 1] = state
         buffers = kind.allocate(call, group)
-        buffers.write(weights, momentum, first, end)
+        buffers.write(weights, momentum, first, end, keep=False)
         buffers.read(output)
     weights, momentum, anchor = states.leave(weights, momentum, end)
     return ChunkedResult(
@@ -79,7 +79,7 @@ def backward_pass(
     for index in range(len(groups) - 1, -1, -1):
         start = [*weights, *momentum] if index == 0 else [stack[index - 1].clone() for stack in stacks]
         buffers = kind.allocate(call, groups[index])
-        buffers.write(start[: len(weights)], start[len(weights) :], first, end)
+        buffers.write(start[: len(weights)], start[len(weights) :], first, end, keep=True)
         buffers.backward(grad_output, d_weights, d_momentum, d_first, d_end)
     d_weights, d_momentum, d_anchor = states.gradients_leave(
         d_weights, d_momentum, d_first, d_end, grad_anchor
