@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from titans.nn import ContextAttention, Rows, SlidingAttention
+from titans.nn import ContextAttention, Rows, SlidingAttention, attention
+from titans.nn.rope import RotaryTable
 
 HIDDEN, HEADS, THETA = 16, 2, 100.0
 
@@ -54,28 +55,47 @@ def naive(layer, x, persistent, visible, extra=None):
     return layer.o_proj(output)
 
 
-@torch.no_grad()
+@pytest.fixture(params=[2, 64])
+def block(request, monkeypatch):
+    """Blocks of queries shorter than the window, and as long."""
+    monkeypatch.setattr(attention, "CPU_BLOCK", request.param)
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 8, 100])
 @pytest.mark.parametrize("with_prefix", [True, False])
-def test_sliding_attention_is_its_definition(persistent, window, with_prefix):
-    """Window edges, blocks longer than the window, and a prefix that does not care about distance."""
-    layer = SlidingAttention(HIDDEN, HEADS, THETA, window).double()
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+@pytest.mark.usefixtures("block")
+def test_sliding_attention_is_its_definition(persistent, window, with_prefix, grad):
+    """Window edges, blocks longer than the window, and a prefix that does not care about distance.
+
+    On a CPU, prefix and window are one softmax in training and two that are merged in inference.
+    """
+    layer = SlidingAttention(HIDDEN, HEADS, THETA, window).double().train(grad)
     prefix = persistent if with_prefix else None
     x = torch.randn(2, 17, HIDDEN, dtype=torch.float64)
-    output, state = layer(x, layer.initial_state(2, prefix))
+    leaves = [x, *layer.parameters(), *([persistent] if with_prefix else [])]
+    with torch.set_grad_enabled(grad):
+        for leaf in leaves:
+            leaf.requires_grad_(grad)
+        output, state = layer(x, layer.initial_state(2, prefix))
 
-    def visible(i):
-        return [("x", j) for j in range(max(0, i - (window or 99) + 1), i + 1)]
+        def visible(i):
+            return [("x", j) for j in range(max(0, i - (window or 99) + 1), i + 1)]
 
-    for row in range(2):
-        torch.testing.assert_close(output[row], naive(layer, x[row], prefix, visible), rtol=0, atol=1e-12)
+        expected = torch.stack([naive(layer, row, prefix, visible) for row in x])
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     assert state.counts == (17 if window is None else min(17, window - 1))
+    if grad:
+        direction = torch.randn_like(output)
+        grads = [torch.autograd.grad(y, leaves, direction) for y in (output, expected)]
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("block")
 def test_every_cut_of_a_sliding_window_is_exact(persistent):
     """All cuts in two of 17 tokens, and rows that differ in length."""
-    layer = SlidingAttention(HIDDEN, HEADS, THETA, window=5).double()
+    layer = SlidingAttention(HIDDEN, HEADS, THETA, window=5).double().eval()
     x = torch.randn(2, 17, HIDDEN, dtype=torch.float64)
     whole, _ = layer(x, layer.initial_state(2, persistent))
     for cut in range(1, 17):
@@ -91,12 +111,28 @@ def test_every_cut_of_a_sliding_window_is_exact(persistent):
     torch.testing.assert_close(torch.cat([first[0, :3], second[0, :14]]), whole[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.cat([first[0, 3:], second[0, 14:]]), whole[1], rtol=0, atol=1e-12)
 
+    # Behind full windows, rows of different lengths.
+    _, state = layer(x[:, :6], layer.initial_state(2, persistent))
+    rest, state = layer(torch.cat([x[0, 6:], x[1, 6:9]])[None], state, Rows([11, 3], x.device))
+    torch.testing.assert_close(rest[0], torch.cat([whole[0, 6:], whole[1, 6:9]]), rtol=0, atol=1e-12)
+    assert state.counts == 4
+
+
+def test_angles_of_a_long_piece_are_exact():
+    """In fp32, the product of position and frequency would be wrong by 0.004 radians at the end."""
+    like = torch.empty(0)
+    table, exact = (RotaryTable(100_000, 64, 10_000.0, kind) for kind in (like, like.double()))
+    assert table.cos.dtype == table.sin.dtype == torch.float32
+    torch.testing.assert_close(table.cos, exact.cos.float(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(table.sin, exact.sin.float(), rtol=0, atol=1e-7)
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_prefix", [True, False])
-def test_context_attention_is_its_definition(persistent, with_prefix):
+@pytest.mark.parametrize("training", [True, False])
+def test_context_attention_is_its_definition(persistent, with_prefix, training):
     """Token i sees h_j and x_j for j <= i at the same distance, and the prefix."""
-    layer = ContextAttention(HIDDEN, HEADS, THETA).double()
+    layer = ContextAttention(HIDDEN, HEADS, THETA).double().train(training)
     persistent = persistent if with_prefix else None
     x, h = torch.randn(2, 7, HIDDEN, dtype=torch.float64)
     segment, outputs = layer.initial_segment(1), []

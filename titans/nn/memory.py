@@ -159,8 +159,8 @@ class MemoryCore(nn.Module):
     own: `project_query`, `project_write`, `read`, `write`.
 
     impl: as in `neural_memory`. "triton" also runs the fused kernels around the memory, or raises ValueError
-    at the first call; "auto" does not take those yet, because they have never run on a card
-    (`fusion.FUSED_BY_DEFAULT`). It is how to compute, no part of the model; change it at any time:
+    at the first call; "auto" takes those on a CUDA device where it can. It is how to compute, no part of the
+    model; change it at any time:
 
         for module in model.modules():
             if isinstance(module, MemoryCore):

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from titans.nn.precision import at_least_fp32
 
+# Positions up to which angles may be computed in fp32: there they are wrong by 1e-4 radians.
+FP32_LENGTH = 4096
+
 
 class RotaryTable:
-    """cos and sin of the angles at positions 0 .. T-1, in fp32 (fp64 for fp64).
+    """cos and sin of the angles at positions 0 .. T-1, in fp32 (fp64 for fp64), `[T, D]`.
+
+    A pair of channels is (i, D/2 + i): cos is the same in both halves, sin has a minus in the first.
 
     Made anew in every call: a buffer would be cast to bf16 with the model, and at position 2048 a bf16
     angle is wrong by several radians.
@@ -20,11 +25,13 @@ class RotaryTable:
 
     def __init__(self, length: int, head_dim: int, theta: float, like: Tensor) -> None:
         dtype = at_least_fp32(like.dtype)
-        halves = torch.arange(0, head_dim, 2, dtype=dtype, device=like.device) / head_dim
-        positions = torch.arange(length, dtype=dtype, device=like.device)
+        exact = torch.float64 if length > FP32_LENGTH else dtype
+        halves = torch.arange(0, head_dim, 2, dtype=exact, device=like.device) / head_dim
+        positions = torch.arange(length, dtype=exact, device=like.device)
         angles_TD = torch.outer(positions, theta**-halves)
-        self.cos = angles_TD.cos()
-        self.sin = angles_TD.sin()
+        cos, sin = angles_TD.cos().to(dtype), angles_TD.sin().to(dtype)
+        self.cos = torch.cat([cos, cos], dim=-1)
+        self.sin = torch.cat([-sin, sin], dim=-1)
 
     def rotate(self, x: Tensor, start: int = 0) -> Tensor:
         """x `[..., T, D]` standing at positions start .. start + T - 1."""
@@ -37,5 +44,6 @@ class RotaryTable:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return torch.addcmul(wide * cos, torch.cat([second, first], dim=-1), sin).to(x.dtype)

