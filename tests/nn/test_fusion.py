@@ -172,15 +172,13 @@ def test_autocast_leaves_the_streams_in_its_dtype(rows):
     assert state.query_tail.dtype == torch.bfloat16
 
 
-def test_auto_waits_for_a_card(monkeypatch):
-    """Off until measured; switched on, it takes CUDA streams that the kernels cover, and no others."""
+def test_auto_takes_them_on_a_card(monkeypatch):
+    """CUDA streams that the kernels cover, and no others."""
     counts = calls(monkeypatch)
     build()(torch.randn(1, 3, 32))
     with FakeTensorMode():
         wide = torch.empty(1, 3, 32, device="cuda")
         half = wide.bfloat16()
-    assert not fusion.runs_fused("auto", half, 4)
-    monkeypatch.setattr(fusion, "FUSED_BY_DEFAULT", True)
     assert fusion.runs_fused("auto", half, 4)
     assert not fusion.runs_fused("auto", half, 3)
     assert not fusion.runs_fused("auto", wide.double(), 4)

@@ -152,6 +152,13 @@ def test_one_graph_under_compile():
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
+def test_gradients_are_contiguous_as_their_fakes_say():
+    """Inductor trusts the fakes' strides, and stops where they differ."""
+    x, tail, weight = conv_arguments((2, 9, 2, 16))
+    grads = torch.autograd.grad(conv_silu(x, tail, weight, 2, True).sum(), [x, tail, weight])
+    assert all(grad.is_contiguous() for grad in grads)
+
+
 def test_opcheck():
     """Schema, autograd registration and fakes (shapes, dtypes and strides)."""
     x, tail, weight = conv_arguments((2, 5, 2, 16))

@@ -175,4 +175,4 @@ def run_backward(
             grad_x, grad_tail, parts, T,
             heads, D, BH, BD, TOKENS, unit, EPS, BACKWARD.stages,
         )  # fmt: skip
-    return grad_x, grad_tail, parts.sum(0).T.to(weight.dtype, memory_format=torch.contiguous_format)
+    return grad_x, grad_tail, parts.sum(0).T.contiguous().to(weight.dtype)
