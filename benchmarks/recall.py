@@ -32,13 +32,15 @@ from titans.benchmark.harness import RESULTS, Session, print_table
 from titans.benchmark.machine import ROOT
 
 LENGTHS = tuple(1 << power for power in range(11, 22))
+SHORT = 16384
 
 
 @dataclass(frozen=True)
 class Options:
     """recipes, seeds: every pair is trained. train, test: haystacks. llama_tokenizer: SentencePiece model by
     which lengths are told. seconds: of each training, start included; steps: instead. tasks, lengths,
-    samples: of the tests, the samples for each task and length. rows: of them at once (None: all).
+    samples: of the tests, the samples for each task and length; short_samples: of those of at most 16K
+    tokens. rows: of them at once (None: all).
     attention_length: longest test of full attention. token_lengths: of MQAR's tests.
     evaluation_seconds: for each model's tests, after which nothing more is begun. jobs_per_gpu: processes.
     workers: that read data, for each process. tokens_per_batch, train_lengths: other than the recipe's.
@@ -56,6 +58,7 @@ class Options:
     tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_single_3")
     lengths: tuple[int, ...] = LENGTHS
     samples: int = 16
+    short_samples: int = 48
     rows: int | None = None
     attention_length: int = 65536
     token_lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 16384, 65536)
@@ -158,7 +161,8 @@ def make_samples(options: Options, task: str, length: int) -> None:
 
     haystack, count = _haystack(options.test, options.llama_tokenizer)
     path = test_path(options, task, length)
-    make_test(TASKS[task], length, options.samples, haystack, count, seed=0).save(path)
+    number = options.samples if length > SHORT else options.short_samples
+    make_test(TASKS[task], length, number, haystack, count, seed=0).save(path)
 
 
 # The whole

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from tests.tasks.test_answers import needle_test
 from tests.tasks.tiny import tiny_haystack
 from titans.recipes import RECIPES, load_recipe
-from titans.tasks.experiment import needle_rows, save_weights, token_rows, train_model
+from titans.tasks.experiment import needle_rows, save_weights, seconds_a_step, token_rows, train_model
 from titans.tasks.settings import TaskSettings
 from titans.training.callbacks import LOG_NAME, read_log
 from titans.training.data import open_data
@@ -115,10 +116,19 @@ def test_from_a_recipe_to_scores(tmp_path):
 
 
 def test_a_budget_in_seconds_fixes_the_steps_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("titans.tasks.experiment.seconds_a_step", lambda recipe, out: 0.5)
+    monkeypatch.setattr("titans.tasks.experiment.seconds_a_step", lambda recipe, out, seconds: 0.5)
     row = train_model(tiny_recipe(tmp_path), seconds=4.0).row
     assert row["steps"] in (6, 7)
     assert row["recipe"]["training"]["steps"] == row["steps"] or row["ending"] == "interrupted"
+
+
+def test_a_probe_ends_after_its_time(tmp_path, monkeypatch):
+    """By the signal of an orderly end: what it has measured by then counts."""
+    monkeypatch.setattr("titans.tasks.experiment.PROBE_STEPS", 10**6)
+    started = time.monotonic()
+    per_step = seconds_a_step(tiny_recipe(tmp_path), tmp_path / "probe", 4.0)
+    assert 0 < per_step < 4
+    assert time.monotonic() - started < 30
 
 
 def test_tasks_of_tokens_are_tested_at_any_length():
@@ -141,7 +151,7 @@ def test_recipes_for_needles_have_equal_sizes():
         if name.startswith("needle_"):
             model = TitansForCausalLM(load_recipe(name).model.build(4096))
             sizes[name] = sum(parameter.numel() for parameter in model.parameters())
-    assert len(sizes) == 9
+    assert len(sizes) == 11
     assert all(abs(size / 3.7e6 - 1) < 0.02 for size in sizes.values()), sizes
 
 
@@ -173,7 +183,16 @@ def test_the_benchmark_trains_tests_and_writes_one_file(tmp_path):
     command = [
         *(sys.executable, "benchmarks/recall.py", "--recipes", f"{recipe_file}:mine", "--seeds", "0", "1"),
         *("--steps", "2", "--train", str(tmp_path / "train.npz"), "--test", str(tmp_path / "train.npz")),
-        *("--llama-tokenizer", str(tmp_path / "sp.model"), "--lengths", "2048", "--samples", "2"),
+        *(
+            "--llama-tokenizer",
+            str(tmp_path / "sp.model"),
+            "--lengths",
+            "2048",
+            "--samples",
+            "2",
+            "--short-samples",
+            "2",
+        ),
         *("--jobs-per-gpu", "2", "--workers", "0", "--sample-jobs", "1", "--threads", "1"),
         *("--work", str(tmp_path / "work"), "--output", str(tmp_path), "--commit", "test"),
     ]

@@ -36,14 +36,20 @@ def needle_lmm() -> Recipe:
             num_persistent_tokens=0,
         ),
         data=TaskSettings(
-            tasks=SINGLE_NEEDLES, haystack=HAYSTACK, tokens_per_batch=32768, keys=4, questions=4
+            tasks=SINGLE_NEEDLES,
+            haystack=HAYSTACK,
+            lengths=(256, 512, 1024, 2048, 4096, 8192, 16384),
+            tokens_per_batch=32768,
+            curriculum_steps=800,
+            keys=2,
+            questions=4,
         ),
         training=TrainingSettings(
             steps=3000,
             batch_size=1,
             learning_rate=2e-3,
             warmup_steps=100,
-            write_penalty=0.03,
+            write_penalty=0.5,
             precision="bf16",
             eval_every=250,
             save_every=1000,
@@ -59,7 +65,7 @@ def needle_lmm_rectified() -> Recipe:
 
 def needle_lmm_linear() -> Recipe:
     """The memory alone, linear and without momentum, which makes it diverge beyond the training length."""
-    linear = {"memory_depth": 1, "memory_momentum": False, "memory_max_step": 0.5}
+    linear = {"memory_depth": 1, "memory_momentum": False}
     return _with_model(needle_lmm(), **linear, intermediate_size=696)
 
 
@@ -71,6 +77,17 @@ def needle_lmm_f256() -> Recipe:
 def needle_mag() -> Recipe:
     """Memory as a gate on attention with a window of 256."""
     return _with_model(needle_lmm(), **_hybrid("mag"))
+
+
+def needle_mag_c16() -> Recipe:
+    """The same with gradients taken anew every 16 tokens: a value of 36 tokens is written in three goes."""
+    return _with_model(needle_mag(), chunk_size=16)
+
+
+def needle_mag_f256() -> Recipe:
+    """The same with a memory of expansion 4, and a lower price for writing."""
+    recipe = _with_model(needle_mag(), memory_expansion=4, intermediate_size=288)
+    return replace(recipe, training=replace(recipe.training, write_penalty=0.2))
 
 
 def needle_mal() -> Recipe:

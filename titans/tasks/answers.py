@@ -14,7 +14,7 @@ from titans.data.dataset import IGNORED
 from titans.evaluation.recall import TokenBatch
 from titans.models.state import compact
 
-GPU_TOKENS = 65536  # of all rows in one forward pass
+GPU_TOKENS = 262144  # of all rows in one forward pass
 CPU_TOKENS = 4096
 
 
@@ -54,7 +54,7 @@ def right(
 
     Args:
         model: in evaluation mode, on the device where it is to run.
-        tokens: of all rows in one forward pass; None: 4,096, on a GPU 65,536.
+        tokens: of all rows in one forward pass; None: 4,096, on a GPU 262,144.
         progress: called with the tokens of each row read so far.
     """
     device = model.device

@@ -30,9 +30,11 @@ from titans.training.data import open_data
 from titans.training.recipe import Recipe
 from titans.training.run import build_model, train
 
-PROBE_STEPS = 40  # before the schedule is fixed; kernels compile in the first of them
-_PROBED = 20  # of those, the last
-_TRAINING = 0.93  # of the time left then; validation and the checkpoint take the rest
+PROBE = (
+    0.15  # of the time: steps to see their speed before the schedule is fixed; kernels compile in the first
+)
+PROBE_STEPS = 400  # at most
+_TRAINING = 0.9  # of the time left then; validation and the checkpoint take the rest
 _LATE = 1.15  # a training that takes so much longer than its budget is ended
 
 Row = dict[str, Any]
@@ -57,7 +59,7 @@ def train_model(recipe: Recipe, *, seconds: float | None = None, console: Consol
         out = Path(folder)
         probed = None
         if seconds is not None:
-            probed = seconds_a_step(recipe, out / "probe")
+            probed = seconds_a_step(recipe, out / "probe", PROBE * seconds)
             left = seconds - (time.monotonic() - started)
             recipe = with_steps(recipe, max(int(_TRAINING * left / probed), 1))
         data = open_data(recipe)
@@ -107,21 +109,28 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
     return replace(recipe, training=training)
 
 
-def seconds_a_step(recipe: Recipe, out: Path) -> float:
-    """Of the recipe's training on this machine as it is now, by a short one that is thrown away."""
+def seconds_a_step(recipe: Recipe, out: Path, seconds: float) -> float:
+    """Of the recipe's training on this machine as it is now, by a short one that is thrown away.
+
+    All lengths are drawn from the start, as they are later; the second half of what was done in ``seconds``
+    counts, when others that started beside it have compiled their kernels, too.
+    """
     short = with_steps(recipe, PROBE_STEPS)
-    short = replace(short, training=replace(short.training, eval_every=PROBE_STEPS))
+    short = replace(short, training=replace(short.training, eval_every=PROBE_STEPS, save_every=PROBE_STEPS))
+    if isinstance(short.data, TaskSettings):
+        short = replace(short, data=replace(short.data, curriculum_steps=0))
     data = replace(open_data(short), validation=None)
-    train(short, data, out, console=Console(quiet=True))
+    with _ended_after(seconds):
+        train(short, data, out, console=Console(quiet=True))
     log = [record for record in read_log(out / LOG_NAME) if "tokens_per_second" in record]
-    if len(log) < PROBE_STEPS:
-        raise UserError(f"the model diverges within {PROBE_STEPS} steps")
+    if len(log) < 2:
+        raise UserError("the model diverges at once, or takes too long for a step")
     seen = [0, *(record["tokens_seen"] for record in log)]
     times = [
         (now - before) / record["tokens_per_second"]
         for before, now, record in zip(seen, seen[1:], log, strict=False)
     ]
-    return statistics.mean(times[-_PROBED:])
+    return statistics.mean(times[len(times) // 2 :])
 
 
 def needle_rows(
@@ -186,9 +195,7 @@ def save_weights(model: PreTrainedModel, path: Path, dtype: torch.dtype) -> None
     stored = copy.deepcopy(model).to("cpu", dtype)
     tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
     weights = {
-        name: tensor.detach().contiguous()
-        for name, tensor in stored.state_dict().items()
-        if name not in tied
+        name: tensor.detach().contiguous() for name, tensor in stored.state_dict().items() if name not in tied
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, path, metadata={"config": model.config.to_json_string()})
