@@ -35,7 +35,7 @@ class Arguments:
     vocab_size: int = 4096
     """Of the tokenizer trained: a byte-level BPE in which digits and the characters of UUIDs stand alone."""
     characters: int = 30_000_000
-    """Stop after so many."""
+    """Take so many of each source, at most."""
     without: Path | None = None
     """Another haystack whose sentences to leave out: the training's, for a test."""
     llama_tokenizer: Path | None = None
@@ -48,15 +48,14 @@ def run(arguments: Arguments) -> int:
         raise UserError("expected at least one source")
     if arguments.out.suffix != ".npz":
         raise UserError(f"--out: expected a name that ends in .npz, got {arguments.out}")
-    corpus = Corpus(arguments.sources)
+    corpora = [Corpus((source,)) for source in arguments.sources]
 
     from titans.data.sentences import SentenceTokens, make
 
     without = None if arguments.without is None else SentenceTokens.load(arguments.without)
     made = make(
-        _sentences(corpus),
-        _tokenizer(arguments, corpus),
-        characters=arguments.characters,
+        _sentences(corpora, arguments.characters),
+        _tokenizer(arguments, corpora),
         without=without,
         count=None if arguments.llama_tokenizer is None else _count(arguments.llama_tokenizer),
     )
@@ -66,20 +65,31 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-def _sentences(corpus: Corpus) -> Iterator[str]:
+def _sentences(corpora: list[Corpus], characters: int) -> Iterator[str]:
+    for corpus in corpora:
+        taken = 0
+        for sentence in _all_sentences(corpus):
+            yield sentence
+            taken += len(sentence) + 1
+            if taken >= characters:
+                break
+
+
+def _all_sentences(corpus: Corpus) -> Iterator[str]:
     from titans.evaluation.haystack import split_sentences
 
     for document in corpus:
         yield from split_sentences([document.text])
 
 
-def _tokenizer(arguments: Arguments, corpus: Corpus) -> "PreTrainedTokenizerBase":
+def _tokenizer(arguments: Arguments, corpora: list[Corpus]) -> "PreTrainedTokenizerBase":
     from titans.data.bpe import train_bpe
     from titans.data.sentences import SentenceTokens
 
     if arguments.tokenizer is not None:
         return SentenceTokens.load(arguments.tokenizer).tokenizer
-    return train_bpe((" " + text for text in islice(_sentences(corpus), _TRAINED_ON)), arguments.vocab_size)
+    sentences = islice(_sentences(corpora, arguments.characters), _TRAINED_ON)
+    return train_bpe((" " + text for text in sentences), arguments.vocab_size)
 
 
 def _count(path: Path) -> Callable[[str], int]:

@@ -109,7 +109,6 @@ def make(
     sentences: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    characters: int | None = None,
     without: SentenceTokens | None = None,
     count: Callable[[str], int] | None = None,
 ) -> SentenceTokens:
@@ -117,7 +116,6 @@ def make(
 
     Args:
         tokenizer: of `titans.data.bpe`; its ids must fit in 16 bits.
-        characters: stop after so many.
         without: leave out what is in this haystack, too.
         count: tokens of a text under another tokenizer, by which lengths are told; stored is
             ``count(". " + sentence)``.
@@ -130,7 +128,6 @@ def make(
     rows: list[npt.NDArray[Any]] = []
     counts: list[int] = []
     batch: list[str] = []
-    taken = 0
 
     def flush() -> None:
         rows.extend(ids.astype(np.uint16) for ids in encode([" " + sentence for sentence in batch]))
@@ -142,11 +139,8 @@ def make(
         if len(sentence) > LONGEST_SENTENCE or sentence in known:
             continue
         batch.append(sentence)
-        taken += len(sentence) + 1
         if len(batch) == _BATCH:
             flush()
-        if characters is not None and taken >= characters:
-            break
     flush()
     if not rows:
         raise UserError("sentences: expected at least one that the other haystack has not, got none")

@@ -91,6 +91,7 @@ def train_model(recipe: Recipe, *, seconds: float | None = None, console: Consol
             for record in log
             if "eval_loss" in record
         ],
+        "write_share": [(r["step"], r["write_share"]) for r in log if "write_share" in r][-1:],
         "median_grad_norm": statistics.median(norms) if norms else None,
         "max_grad_norm": max(norms, default=None),
     }
