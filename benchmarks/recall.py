@@ -38,7 +38,8 @@ SHORT = 16384
 @dataclass(frozen=True)
 class Options:
     """recipes, seeds: every pair is trained. train, test: haystacks. llama_tokenizer: SentencePiece model by
-    which lengths are told. seconds: of each training, start included; steps: instead. tasks, lengths,
+    which lengths are told. start: weights that --save has written, to go on from (of the one recipe and seed,
+    with other steps). seconds: of each training, start included; steps: instead. tasks, lengths,
     samples: of the tests, the samples for each task and length; short_samples: of those of at most 16K
     tokens. rows: of them at once (None: all).
     attention_length: longest test of full attention. token_lengths: of MQAR's tests.
@@ -53,6 +54,7 @@ class Options:
     train: Path = Path("runs/recall/train.npz")
     test: Path = Path("runs/recall/test.npz")
     llama_tokenizer: Path = Path("llama2_tokenizer.model")
+    start: Path | None = None
     seconds: float | None = None
     steps: int | None = None
     tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_single_3")
@@ -116,7 +118,10 @@ def run(options: Options, name: str, seed: int, rows_path: Path) -> None:
             file.write(json.dumps({"model": name, "seed": seed} | row) + "\n")
 
     trained = train_model(
-        recipe, seconds=None if options.steps else options.seconds, console=Console(file=sys.stderr)
+        recipe,
+        seconds=None if options.steps else options.seconds,
+        start=options.start,
+        console=Console(file=sys.stderr),
     )
     say({"kind": "training"} | trained.row)
     if options.save is not None:
@@ -289,7 +294,15 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _options(plain: dict[str, Any]) -> Options:
-    kinds = {"train": Path, "test": Path, "llama_tokenizer": Path, "work": Path, "output": Path, "save": Path}
+    kinds = {
+        "start": Path,
+        "train": Path,
+        "test": Path,
+        "llama_tokenizer": Path,
+        "work": Path,
+        "output": Path,
+        "save": Path,
+    }
     return Options(
         **{
             name: kinds[name](value)

@@ -50,6 +50,7 @@ def needle_lmm() -> Recipe:
             learning_rate=2e-3,
             warmup_steps=100,
             write_penalty=0.5,
+            max_skipped_steps=100,
             precision="bf16",
             eval_every=250,
             save_every=1000,
@@ -88,6 +89,20 @@ def needle_mag_f256() -> Recipe:
     """The same with a memory of expansion 4, and a lower price for writing."""
     recipe = _with_model(needle_mag(), memory_expansion=4, intermediate_size=288)
     return replace(recipe, training=replace(recipe.training, write_penalty=0.2))
+
+
+def needle_mag_f256_second() -> Recipe:
+    """A second leg of needle_mag_f256: all lengths from the start, a rate that only falls, dearer writing."""
+    recipe = needle_mag_f256()
+    training = replace(
+        recipe.training,
+        learning_rate=5e-4,
+        min_learning_rate_ratio=0.0,
+        warmup_steps=20,
+        write_penalty=0.5,
+    )
+    assert isinstance(recipe.data, TaskSettings)
+    return replace(recipe, data=replace(recipe.data, curriculum_steps=0), training=training)
 
 
 def needle_mal() -> Recipe:

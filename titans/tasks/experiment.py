@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, set_seed
 
 from titans.errors import UserError
@@ -48,8 +48,16 @@ class Trained:
     row: Row
 
 
-def train_model(recipe: Recipe, *, seconds: float | None = None, console: Console | None = None) -> Trained:
+def train_model(
+    recipe: Recipe,
+    *,
+    seconds: float | None = None,
+    start: Path | None = None,
+    console: Console | None = None,
+) -> Trained:
     """Train ``recipe``; with ``seconds`` for as many steps as fit, start and measuring the speed included.
+
+    start: weights that `save_weights` has written, of the same model: another leg of its training.
 
     The number of steps is fixed before training, so that the learning rate ends where it should. A run that
     diverges is a result, too: the model is that before the step.
@@ -65,6 +73,8 @@ def train_model(recipe: Recipe, *, seconds: float | None = None, console: Consol
         data = open_data(recipe)
         set_seed(recipe.training.seed)
         model = build_model(recipe, data)
+        if start is not None:
+            load_weights(model, start)
         deadline = None if seconds is None else _LATE * seconds - (time.monotonic() - started)
         begun = time.monotonic()
         with _ended_after(deadline):
@@ -200,6 +210,21 @@ def save_weights(model: PreTrainedModel, path: Path, dtype: torch.dtype) -> None
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, path, metadata={"config": model.config.to_json_string()})
+
+
+def load_weights(model: PreTrainedModel, path: Path) -> None:
+    """What `save_weights` has written, into the model's own dtypes.
+
+    Raises:
+        UserError: they are another model's.
+    """
+    try:
+        found = model.load_state_dict(load_file(path), strict=False)
+        tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+        if set(found.missing_keys) - tied or found.unexpected_keys:
+            raise RuntimeError(f"{found.missing_keys[:3]} missing, {found.unexpected_keys[:3]} unknown")
+    except RuntimeError as error:
+        raise UserError(f"{path}: the weights are not this model's: {error}") from error
 
 
 def _measured(model: PreTrainedModel, work: Callable[[], Any]) -> tuple[Any, Row]:

@@ -141,6 +141,9 @@ class TrainingSettings:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    max_skipped_steps: int = 0
+    """Steps whose gradient is not finite that are left out; one more ends the run. The gradient through the
+    writes of a long sequence can overflow at one batch and be fine at the next."""
     write_penalty: float = 0.0
     """Weight in the loss of the mean step of all tokens over the largest one: tokens that hold nothing to be
     remembered learn to write nothing. Grows from 0 at a quarter of the run to this at its half."""
@@ -170,7 +173,16 @@ class TrainingSettings:
             *("steps", "batch_size", "gradient_accumulation_steps"),
             *("eval_every", "eval_sequences", "save_every", "keep"),
         )
-        at_least(self, 0, "warmup_steps", "weight_decay", "write_penalty", "num_workers", "seed")
+        at_least(
+            self,
+            0,
+            "warmup_steps",
+            "weight_decay",
+            "write_penalty",
+            "max_skipped_steps",
+            "num_workers",
+            "seed",
+        )
         above_zero(self, "learning_rate", "max_grad_norm")
         for name in ("beta1", "beta2", "min_learning_rate_ratio"):
             value = getattr(self, name)

@@ -116,7 +116,8 @@ class TitansTrainer(Trainer):
     """The loop is transformers'; this class changes four things.
 
     1. Data order: ``ShuffledForever``, or the data's own.
-    2. A loss or gradient norm that is not finite raises ``NonFiniteError`` before the optimiser.
+    2. A loss or gradient norm that is not finite raises ``NonFiniteError`` before the optimiser; so many
+       gradients as the settings say are left out instead.
     3. A checkpoint is written beside its final place and renamed when it is whole; the last ``keep`` stay.
        With it goes ``recipe_json``.
     4. The validation loss is a mean over tokens, with the share of right answers where there are any, and
@@ -158,6 +159,7 @@ class TitansTrainer(Trainer):
         self._memory_metrics_every = memory_metrics_every
         self._memory_metrics: dict[str, float] = {}
         self._write_share: torch.Tensor | None = None
+        self._skipped = 0
         self._clock = time.perf_counter()
         self._tokens_at_clock = 0
         self._staging: Path | None = None
@@ -244,11 +246,15 @@ class TitansTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         assert self._last_loss is not None
         loss_value, norm_value = float(self._last_loss), float(norm)
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
+            return norm
+        if self._skipped == self._settings.max_skipped_steps or not math.isfinite(loss_value):
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: loss {loss_value}, gradient norm {norm_value}; "
                 "stopped before the optimiser"
             )
+        self._skipped += 1
+        model.zero_grad(set_to_none=True)  # the optimiser leaves parameters without gradient alone
         return norm
 
     # Evaluation
@@ -294,6 +300,8 @@ class TitansTrainer(Trainer):
             seen = self.state.num_input_tokens_seen
             logs["tokens_seen"] = seen
             logs |= self._memory_metrics
+            if self._skipped:
+                logs["skipped_steps"] = self._skipped
             if self._write_share is not None:
                 logs["write_share"] = self._write_share.item()
             self._memory_metrics = {}
