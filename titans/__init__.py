@@ -13,9 +13,13 @@ from titans import models as models  # registers TitansConfig and the models wit
 
 
 def __getattr__(name: str) -> Any:
-    """``titans.Memory``, imported when it is first asked for: training needs none of it."""
+    """``titans.Memory`` and ``titans.from_pretrained``, imported when asked for: training needs neither."""
     if name == "Memory":
         from titans.inference.memory import Memory
 
         return Memory
+    if name == "from_pretrained":
+        from titans.inference.checkpoint import from_pretrained
+
+        return from_pretrained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

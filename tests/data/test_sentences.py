@@ -1,5 +1,7 @@
 """Haystack files: what goes in comes out, and a test's sentences are not the training's."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -34,15 +36,23 @@ def test_sentences_of_another_haystack_are_left_out():
 
 
 def test_the_command_makes_a_training_and_a_test_haystack(tmp_path, capsys):
+    """--characters counts for each source anew, what is left out included; sources stay in their order."""
     train, test = str(tmp_path / "train.npz"), str(tmp_path / "test.npz")
-    (tmp_path / "train.txt").write_text(book(0))
-    (tmp_path / "test.txt").write_text(book(0, 100) + " " + book(2))
-    made = ["haystack", str(tmp_path / "train.txt"), "--out", train, "--vocab-size", "320"]
-    assert main(made) == 0
+    known = book(0, 20) + " "
+    sources = [str(tmp_path / name) for name in ("train.txt", "z.txt", "a.txt")]
+    for source, text in zip(sources, (book(0), known + book(2), book(3)), strict=True):
+        Path(source).write_text(text)
+    assert main(["haystack", sources[0], "--out", train, "--vocab-size", "320"]) == 0
     options = ["--tokenizer", train, "--without", train, "--characters", "5000"]
-    assert main(["haystack", str(tmp_path / "test.txt"), "--out", test, *options]) == 0
+    assert main(["haystack", *sources[1:], "--out", test, *options]) == 0
     one, other = SentenceTokens.load(train), SentenceTokens.load(test)
     assert one.tokenizer_json == other.tokenizer_json
-    assert not set(one.texts()) & set(other.texts())
-    assert 4900 < sum(map(len, other.texts())) < 5100
+    texts = other.texts()
+    assert not set(one.texts()) & set(texts)
+    first, second = (split_sentences([book(seed)]) for seed in (2, 3))
+    border = texts.index(second[0])
+    assert texts == first[:border] + second[: len(texts) - border]
+    characters = [sum(len(text) + 1 for text in part) for part in (texts[:border], texts[border:])]
+    assert 5000 <= len(known) + characters[0] < 5200
+    assert 5000 <= characters[1] < 5200
     assert "sentences" in capsys.readouterr().out

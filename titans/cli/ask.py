@@ -22,7 +22,7 @@ class Arguments(SamplingArguments):
     question: tyro.conf.Positional[str]
     """The text to answer."""
     model: Path | None = None
-    """The model that the memory belongs to; by default where the file says that it was."""
+    """The model that the memory belongs to (a shipped one by its name); by default where the file says."""
 
 
 def run(arguments: Arguments) -> int:

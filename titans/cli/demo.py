@@ -1,220 +1,252 @@
-"""``titans demo``: text, baselines, training, saving, reloading, generating and streaming, in minutes."""
+"""``titans demo``: a fact hidden in a long text, and whether a small trained memory knows it at the end."""
 
-import sys
+import importlib.util
+import json
+import random
+import shlex
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titans.data.prepare import prepare
-from titans.data.shards import Meta, TokenShards
 from titans.data.sources import PYTHON_DOCS
 from titans.errors import UserError
-from titans.recipes import load_recipe
-from titans.training.checkpoints import checkpoints_in
-from titans.training.recipe import DataSettings, Recipe
+from titans.files import replace_file
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import: a mistake in the options must not wait for it
     from rich.console import Console
 
-    from titans.data.ngrams import NgramLosses
-    from titans.evaluation.stream_loss import StreamLoss
     from titans.inference.checkpoint import LoadedCheckpoint
+    from titans.inspection.search_report import Found, Side
+    from titans.tasks.long_text import Hidden, LongText
+    from titans.tasks.search import Reader
 
-RECIPE = "demo_mac"
-_VALIDATION_FRACTION = 0.1  # CPython's documentation is 470 KB: 2 % would be too short to stream
-_STREAM_OVER_TRAINING_LENGTH = 64
-_PROMPT_TOKENS = 64
-_PICTURE = "demo.png"
+MEMORY = "needle-mag"
+TWIN = "needle-sliding"  # the same data, size and window of attention, without a memory
+LENGTHS = (2_048, 8_192, 32_768)  # of the picture, beside that of the text
+DEPTHS = (0.1, 0.9)  # of the picture, beside that of the fact
+PICTURE_SECONDS = 75.0  # beyond which nothing more is begun for the picture
+_CONTEXT = 3  # sentences shown before and after the fact
+_PROBE = 2048  # tokens, to see how many threads read fastest
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train a small model on text, and show what it can do: a few minutes on two CPU cores.
+    """Hide a fact in 200,000 tokens of real text and ask a small trained model for it at the end.
 
-    It prints unigram and bigram baselines, trains a byte-level MAC model (1-2 M parameters), saves and
-    reloads it, continues a text, and streams one much longer than it was trained on, in constant memory.
+    The text streams through constant memory on the CPU; the model's twin without a memory reads the same.
+    Exit code 0: the model with the memory knows the fact. Ctrl-C ends it, and nothing half-written stays.
     """
 
     source: str = PYTHON_DOCS
-    """A text file or folder; by default the documentation text that Python ships."""
+    """A text file or folder; by default the documentation text that Python ships. Less text than --tokens
+    comes again, its paragraphs in another order each time."""
+    tokens: int = 200_000
+    """Tokens to read, at least."""
+    depth: float | None = None
+    """Where the fact is hidden: the share of the text before it, 0 to 1; by default drawn."""
+    seed: int = 0
+    """Draws the fact, its place and the order of the text."""
+    model: Path = Path(MEMORY)
+    """The model with a memory: a shipped checkpoint's name, a checkpoint's folder or that of a training."""
+    twin: Path = Path(TWIN)
+    """The model to compare, with the same tokenizer."""
     out: Path = Path("runs/demo")
-    """Output folder. Started again, an interrupted demo goes on."""
+    """Folder for report.html, picture.png and demo.json."""
 
 
 def run(arguments: Arguments) -> int:
-    """The demo with its own recipe."""
-    return demo(load_recipe(RECIPE), arguments.source, arguments.out)
+    """Check the options, load both models, then search."""
+    if arguments.depth is not None and not 0 <= arguments.depth <= 1:
+        raise UserError(f"--depth: expected a share of the text, 0 to 1, got {arguments.depth}")
+    if arguments.tokens < 256:
+        raise UserError(f"--tokens: expected at least 256, got {arguments.tokens}")
 
+    if arguments.model == arguments.twin:
+        raise UserError(f"--twin: expected another model than {arguments.model}")
 
-def demo(recipe: Recipe, source: str, out: Path) -> int:
-    """Everything, in order; returns the exit code (130: interrupted, and can go on)."""
-    assert isinstance(recipe.data, DataSettings)
-    data = replace(recipe.data, folder=out / "data")
-    recipe = replace(recipe, data=data)
-    _prepare(source, data, out)
+    from titans.data.sources import Corpus
 
-    import torch
+    corpus = Corpus([arguments.source])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
-    from titans.data.ngrams import ngram_losses
-    from titans.inference.checkpoint import load_checkpoint
-    from titans.training.callbacks import LOG_NAME, read_log
-    from titans.training.data import open_data
-    from titans.training.run import train
+    from titans.inference.checkpoint import from_pretrained
+    from titans.inference.fingerprint import tokenizer_fingerprint
+    from titans.tasks.long_text import LongText
 
-    # The products are too small to share: a step takes 0.29 s on one core and 0.23 s on two, but seconds on
-    # two that others use as well. It also keeps the figures from depending on the number of cores.
-    torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    console = Console(highlight=False, soft_wrap=True)
-    train_shards, validation = TokenShards(data.folder), TokenShards(data.folder, "val")
-    console.rule("1. text")
-    console.print(f"{source}: {len(train_shards):,} tokens to train on, {len(validation):,} held out")
-    baselines = ngram_losses(train_shards, validation)
-    console.print(
-        f"nats per byte on the held-out text: unigram {baselines.unigram:.3f}, bigram {baselines.bigram:.3f}"
-    )
-
-    console.rule("2. training")
-    started = time.monotonic()
-    result = train(recipe, open_data(recipe), out, console=console)
-    if result.ending != "finished" or result.checkpoint is None:
-        console.print(f"{result.message}; the same command goes on from here")
-        return 130 if result.ending == "interrupted" else 1
-    console.print(f"{result.message}, {time.monotonic() - started:.0f} s; saved {result.checkpoint}")
-
-    console.rule("3. the saved model, loaded again, continues a text")
-    loaded = load_checkpoint(result.checkpoint)
-    _generate(loaded, validation)
-
-    console.rule("4. one long stream of held-out text, in constant memory")
-    stream, restarted = _stream(loaded, validation, data.sequence_length, console)
-
-    console.rule("result")
-    log = read_log(out / LOG_NAME)
-    _print_result(console, loaded, log, baselines, stream, restarted)
-    if picture := _draw(out / _PICTURE, log, baselines, stream):
-        console.print(f"picture: {picture}")
-    _print_next(console, out)
-    return 0
-
-
-def _prepare(source: str, data: DataSettings, out: Path) -> None:
-    """Token shards of ``source``, made anew until there is a checkpoint that depends on them."""
-    folder = data.folder
-    started = bool(checkpoints_in(out))
-    if started:
-        made_of = Meta.read(folder).sources
-        if made_of != (source,):
-            raise UserError(f"{out} holds a run on {', '.join(made_of)}, not {source}: choose another --out")
-    else:
-        prepare([source], folder, validation_fraction=_VALIDATION_FRACTION, overwrite=True)
-    expected = data.sequence_length
-    for name, split in Meta.read(folder).splits.items():
-        if split.tokens < expected:
-            raise UserError(
-                f"{source}: too little text: {split.tokens} tokens in the split {name!r}, "
-                f"expected at least {expected}"
-            )
-
-
-def _generate(loaded: "LoadedCheckpoint", validation: TokenShards) -> None:
-    from titans.inference.generate import Sampling, generate_text
-
-    model, tokenizer, _ = loaded
-    start = int(validation.starts[0]) + 1  # after <bos>
-    prompt_ids = validation.read(start, min(start + _PROMPT_TOKENS, len(validation)))
-    prompt = str(tokenizer.decode(prompt_ids, skip_special_tokens=True)).rstrip("\ufffd")
-    sys.stdout.write(f"{prompt} >>> ")
-    for piece in generate_text(model, tokenizer, prompt, Sampling(max_new_tokens=200, temperature=0.7)):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-
-
-def _stream(
-    loaded: "LoadedCheckpoint", validation: TokenShards, sequence_length: int, console: "Console"
-) -> tuple["StreamLoss", float]:
-    """The stream's losses, and the mean loss on the same text, memory emptied every training length."""
-    import torch
-
-    from titans.cli.eval_loss import loss_table
-    from titans.evaluation.stream_loss import powers_of_two, stream_loss
-
-    tokens = torch.from_numpy(validation.read(0, len(validation)))
-    if (bos := validation.meta.boundary_id) is not None:  # one stream: only its start is marked
-        tokens = torch.cat([tokens[:1], tokens[1:][tokens[1:] != bos]])
-    tokens = tokens[: _STREAM_OVER_TRAINING_LENGTH * sequence_length]
-    stream = stream_loss(loaded.model, tokens, edges=powers_of_two(len(tokens), sequence_length))
-    title = f"{len(tokens):,} tokens, {len(tokens) // sequence_length} times the training length"
-    console.print(loss_table(stream, title))
-    windows = [window for window in tokens.split(sequence_length) if len(window) > 1]
-    losses = [stream_loss(loaded.model, window, edges=()).loss * (len(window) - 1) for window in windows]
-    return stream, sum(losses) / sum(len(window) - 1 for window in windows)
-
-
-def _print_result(
-    console: "Console",
-    loaded: "LoadedCheckpoint",
-    log: list[dict[str, float]],
-    baselines: "NgramLosses",
-    stream: "StreamLoss",
-    restarted: float,
-) -> None:
-    from rich.table import Table
-
-    validation_loss = [record["eval_loss"] for record in log if "eval_loss" in record][-1]
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    table = Table()
-    table.add_column("")
-    table.add_column("nats per token", justify="right")
-    table.add_row("unigram", f"{baselines.unigram:.3f}")
-    table.add_row("bigram", f"{baselines.bigram:.3f}")
-    table.add_row(
-        f"this model ({parameters / 1e6:.2f} M parameters), validation", f"[bold]{validation_loss:.3f}[/]"
-    )
-    table.add_row("  on the stream, one memory from start to end", f"{stream.loss:.3f}")
-    table.add_row("  on the same text, memory emptied every training length", f"{restarted:.3f}")
-    console.print(table)
-    if validation_loss >= baselines.bigram:
-        console.print("The model does not beat the bigram: the text is too short, or the run was.")
-
-
-def _draw(
-    path: Path, log: list[dict[str, float]], baselines: "NgramLosses", stream: "StreamLoss"
-) -> Path | None:
-    """Loss while training and loss by position, side by side; None without matplotlib."""
+    models = [from_pretrained(each, device="cpu") for each in (arguments.model, arguments.twin)]
+    if len({tokenizer_fingerprint(each.tokenizer) for each in models}) > 1:
+        raise UserError(f"--twin {arguments.twin}: expected the tokenizer of {arguments.model}, got another")
+    texts = (document.text for document in corpus)
     try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return None
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for key, style in (("loss", "-"), ("eval_loss", "o-")):
-        points = [(record["step"], record[key]) for record in log if key in record]
-        left.plot(
-            *zip(*points, strict=True), style, label={"loss": "training", "eval_loss": "validation"}[key]
-        )
-    for name, loss in baselines._asdict().items():
-        left.axhline(loss, linestyle="--", color="grey")
-        left.annotate(name, (0, loss), va="bottom")
-    left.set(xlabel="step", ylabel="loss (nats per token)")
-    left.legend()
-    edges = [max(bucket.start, 1) for bucket in stream.buckets] + [stream.tokens]
-    right.stairs([bucket.loss for bucket in stream.buckets], edges, baseline=None)
-    right.set(xlabel="position in the stream (tokens)", xscale="log")
-    figure.savefig(path, dpi=120)
-    return path
+        text = LongText.of(texts, models[0].tokenizer, arguments.tokens, seed=arguments.seed)
+    except UserError as error:
+        raise UserError(f"{arguments.source}: {error}") from None
+    return _search(arguments, models, text, Console(highlight=False, soft_wrap=True))
 
 
-def _print_next(console: "Console", out: Path) -> None:
+def _search(
+    arguments: Arguments, models: "list[LoadedCheckpoint]", text: "LongText", console: "Console"
+) -> int:
+    from titans import __version__
+    from titans.cli.reading_bar import ReadingBar
+    from titans.inspection.search_report import Found
+    from titans.tasks.search import Reader
+    from titans.tasks.survey import Place, plan, survey
+
+    depth = arguments.depth
+    if depth is None:
+        depth = round(random.Random(f"depth/{arguments.seed}").uniform(0.25, 0.75), 2)
+    hidden = text.hide(random.Random(f"fact/{arguments.seed}"), arguments.tokens, depth)
+    words = text.words(hidden)
+    console.rule("1. the text")
     console.print(
-        "try next:\n"
-        f'  titans generate {out} --prompt "The "\n'
-        f"  titans eval-loss {out} FILE\n"
-        "  titans demo --source FOLDER --out runs/mine\n"
-        f"  titans train {RECIPE} --data.folder {out / 'data'} --model.variant lmm --out runs/lmm",
+        f"{arguments.source}: {hidden.tokens:,} tokens, about {words:,} words\n"
+        f"hidden at {hidden.depth:.0%}, after {hidden.position:,} tokens:\n  {hidden.sentence}\n"
+        f"asked at the end:\n  {hidden.question.strip()}",
         markup=False,
     )
+    _set_threads(models[0], text)
+    names = str(arguments.model), str(arguments.twin)
+    lengths = [*(length for length in LENGTHS if length < arguments.tokens), arguments.tokens]
+    others = plan(text, lengths, (*DEPTHS, depth), arguments.seed)
+    marks = [other.position for other in others.values()]
+    readers, sides = {}, []
+    for title, name, loaded in zip(("2. the memory", "3. its twin without one"), names, models, strict=True):
+        console.rule(f"{title}: {name}")
+        readers[name] = Reader(loaded.model, loaded.tokenizer, text, marks)
+        sides.append(_ask(name, readers[name], loaded, hidden))
+        _print_side(console, sides[-1], hidden)
+
+    console.rule("4. other facts, at other depths and lengths")
+    cells = survey(
+        others,
+        readers,
+        {side.name: hidden.tokens / side.seconds for side in sides},
+        {Place(arguments.tokens, depth): {side.name: side.answer for side in sides}},
+        seconds=PICTURE_SECONDS,
+        bar=ReadingBar,
+    )
+    found = Found(
+        source=arguments.source,
+        tokens=hidden.tokens,
+        words=words,
+        position=hidden.position,
+        depth=hidden.depth,
+        before=" ".join(text.sentences[max(hidden.place - _CONTEXT, 0) : hidden.place]),
+        sentence=hidden.sentence,
+        after=" ".join(text.sentences[hidden.place : min(hidden.place + _CONTEXT, hidden.last)]),
+        question=hidden.question.strip(),
+        value=hidden.value,
+        sides=tuple(sides),
+        cells=tuple(cells),
+        command=_command(arguments),
+        version=__version__,
+    )
+    _print_cells(console, found)
+    _write(arguments.out, found, console)
+    memory = sides[0]
+    if memory.answer.right:
+        console.print(
+            f"{memory.name} found the number after {hidden.tokens - hidden.position:,} more tokens."
+        )
+        return 0
+    console.print(
+        f"{memory.name} did not find the number: it answered {memory.answer.given or 'nothing'!r}, "
+        f"the true value is {hidden.value}.",
+        markup=False,
+    )
+    return 1
+
+
+def _set_threads(loaded: "LoadedCheckpoint", text: "LongText") -> None:
+    """The products are small: on busy cores, sharing them among threads can take ten times as long."""
+    import torch
+
+    from titans.inference.stream import Stream
+
+    seconds = {}
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        stream = Stream(loaded.model)
+        stream.read(text.ids[:64])
+        started = time.perf_counter()
+        stream.read(text.ids[:_PROBE])
+        seconds[threads] = time.perf_counter() - started
+    torch.set_num_threads(min(seconds, key=seconds.__getitem__))
+
+
+def _ask(name: str, reader: "Reader", loaded: "LoadedCheckpoint", hidden: "Hidden") -> "Side":
+    from titans.cli.reading_bar import ReadingBar
+    from titans.inspection.search_report import Side
+    from titans.tasks.search import key_value_bytes
+
+    config = loaded.model.config
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    window = f", attention to the last {config.window_size} tokens" if config.window_size else ""
+    with ReadingBar("reading", reader.cost(hidden)) as bar:
+        answer = reader.answer(hidden, bar.add)
+        seconds = bar.seconds
+    return Side(
+        name=name,
+        what=f"{config.variant}, {parameters / 1e6:.1f} M parameters{window}",
+        answer=answer,
+        seconds=seconds,
+        key_value_bytes=key_value_bytes(loaded.model, hidden.tokens),
+    )
+
+
+def _print_side(console: "Console", side: "Side", hidden: "Hidden") -> None:
+    from titans.inspection.search_report import in_units
+
+    answer = side.answer
+    console.print(
+        f"answer  {answer.given or '(nothing)'}   true value  {answer.value}   "
+        f"{'right' if answer.right else 'wrong'}   (in full: {answer.text!r})\n"
+        f"{side.what}; {side.seconds:.1f} s, {hidden.tokens / side.seconds:,.0f} tokens/s; "
+        f"state {in_units(answer.state_bytes)}, "
+        f"a key-value cache of all tokens would take {in_units(side.key_value_bytes)}",
+        markup=False,
+    )
+
+
+def _print_cells(console: "Console", found: "Found") -> None:
+    from rich.table import Table
+
+    lengths = sorted({cell.length for cell in found.cells})
+    for side in found.sides:
+        table = Table(title=side.name, title_justify="left")
+        for column in ("depth", *(f"{length:,}" for length in lengths)):
+            table.add_column(column, justify="right", no_wrap=True)
+        for depth in sorted({cell.depth for cell in found.cells}):
+            answers = [cell.answers[side.name] for cell in found.cells if cell.depth == depth]
+            words = ("-" if answer is None else "right" if answer.right else "wrong" for answer in answers)
+            table.add_row(f"{depth:.0%}", *words)
+        console.print(table)
+
+
+def _write(out: Path, found: "Found", console: "Console") -> None:
+    """Three files, each whole or as it was."""
+    from titans.inspection.search_report import render, to_plain
+
+    pictures: list[bytes] = []
+    if importlib.util.find_spec("matplotlib") is not None:
+        from titans.inspection.search_picture import draw
+
+        pictures = [draw(found), draw(found, dark=True)]
+        replace_file(out / "picture.png", pictures[0])
+    replace_file(out / "report.html", render(found, pictures).encode())
+    replace_file(out / "demo.json", (json.dumps(to_plain(found), indent=1) + "\n").encode())
+    console.print(f"report: {out / 'report.html'}", markup=False)
+
+
+def _command(arguments: Arguments) -> str:
+    words = ["titans", "demo"]
+    for name, value in vars(arguments).items():
+        if value != getattr(Arguments, name):
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class Arguments:
     """Read each file as one stream through a trained model, in constant memory; print the loss by position.
 
-    Example: titans eval-loss runs/demo book.txt --buckets 1024 4096 16384
+    Example: titans eval-loss runs/mac book.txt --buckets 1024 4096 16384
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, or the output folder of titans train (its last checkpoint)."""
+    """A checkpoint, the output folder of titans train (its last checkpoint), or a shipped one's name."""
     files: tyro.conf.Positional[tuple[str, ...]]
     """Text files, plain or .gz or .xz; python-docs for the documentation that Python ships."""
     buckets: tuple[int, ...] = ()

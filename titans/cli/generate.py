@@ -16,12 +16,12 @@ from titans.errors import UserError
 class Arguments(SamplingArguments):
     """Continue a text with a trained model, or with one that has read something before.
 
-    Example: titans generate runs/demo --prompt "The memory " --max-new-tokens 200
+    Example: titans generate runs/mac --prompt "The memory " --max-new-tokens 200
     """
 
     checkpoint: tyro.conf.Positional[Path | None] = None
-    """A checkpoint, or the output folder of titans train (its last checkpoint). With --memory it may be left
-    out."""
+    """A checkpoint, the output folder of titans train (its last checkpoint), or a shipped checkpoint's name.
+    With --memory it may be left out."""
     prompt: str | None = None
     """The text to continue."""
     prompt_file: Path | None = None

@@ -35,7 +35,7 @@ class Arguments:
     file: tyro.conf.Positional[str]
     """A text file, plain or .gz or .xz; - for standard input."""
     model: Path
-    """A checkpoint, or the output folder of titans train (its last checkpoint)."""
+    """A checkpoint, the output folder of titans train (its last checkpoint), or a shipped one's name."""
     out: Path | None = None
     """The page; by default FILE.html beside FILE, standard-input.html for standard input."""
     png: Path | None = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from titans.cli.timed_bar import TimedBar
 from titans.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistake in the options must not wait for it
@@ -28,7 +29,8 @@ class Arguments:
     out: Path
     """The memory file to write."""
     model: Path | None = None
-    """A checkpoint, or the output folder of titans train; by default the one of the memory that goes on."""
+    """A checkpoint, the output folder of titans train, or a shipped checkpoint's name; by default the one of
+    the memory that goes on."""
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Continue this memory file (it may be the one that is written)."""
     format: Literal["auto", "text", "jsonl"] = "auto"
@@ -146,42 +148,18 @@ def _check_origin(arguments: Arguments, origin: str | None) -> None:
         )
 
 
-class _Display:
-    """A bar with speed and time left at a terminal; elsewhere a line every ten seconds."""
+class _Display(TimedBar):
+    """Speed, and the share of the text where its size is known."""
 
     def __init__(self, corpus: "Corpus", tokens: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        super().__init__("reading", corpus.size)
         self._size, self._first = corpus.size, tokens
-        self._started = self._printed = time.monotonic()
-        self._bar = Progress(
-            TextColumn("reading"),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=self._size, figures="")
-
-    def __enter__(self) -> "_Display":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def show(self, bytes_read: int, tokens: int) -> None:
         now = time.monotonic()
-        figures = f"{tokens:,} tokens, {(tokens - self._first) / (now - self._started):,.0f} tokens/s"
-        self._bar.update(self._task, completed=bytes_read, figures=figures)
-        if not self._console.is_terminal and now - self._printed >= 10:
-            share = f", {bytes_read / self._size:.0%} of the text" if self._size else ""
-            self._console.print(f"{figures}{share}")
-            self._printed = now
+        figures = f"{tokens:,} tokens, {(tokens - self._first) / (now - self.started):,.0f} tokens/s"
+        share = f", {bytes_read / self._size:.0%} of the text" if self._size else ""
+        self.update(now, bytes_read, figures, figures + share)
 
 
 def _print_summary(memory: "Memory", out: Path, tokens: int, seconds: float) -> None:

@@ -148,11 +148,12 @@ class _MemoryMeter:
             self.now = torch.cuda.memory_allocated(self._device)
             self.peak = torch.cuda.max_memory_allocated(self._device)
         else:
-            self.now = _resident_bytes()
+            self.now = resident_bytes()
             self.peak = max(self.peak, self.now)
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """What this process holds of the machine's memory."""
     import psutil  # type: ignore[import-untyped]  # comes with accelerate
 
     return int(psutil.Process().memory_info().rss)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 from titans.data.tokenizer import load_tokenizer
-from titans.errors import UserError
+from titans.errors import UserError, unknown_name
+from titans.inference.shipped import resolved, shipped_names
 from titans.training.checkpoints import checkpoints_in
 
 
@@ -24,22 +25,33 @@ class LoadedCheckpoint(NamedTuple):
     folder: Path
 
 
+def from_pretrained(name_or_folder: str | Path, device: str | torch.device | None = None) -> LoadedCheckpoint:
+    """`titans.from_pretrained`: a shipped checkpoint by its name, or any other by its folder.
+
+        model, tokenizer, folder = titans.from_pretrained("needle-mag")
+
+    See `load_checkpoint`, which it calls.
+    """
+    return load_checkpoint(name_or_folder, device=device)
+
+
 def load_checkpoint(
     path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> LoadedCheckpoint:
-    """Load the checkpoint at ``path``, or the last one of the training run at ``path``.
+    """Load the checkpoint at ``path``, the last one of the training run there, or one that is shipped.
 
     Args:
-        path: a folder with config.json, weights in safetensors and a tokenizer; or an output folder of
-            ``titans train``.
+        path: a folder with config.json, weights in safetensors and a tokenizer; an output folder of
+            ``titans train``; or the name of a shipped checkpoint (`shipped_names`).
         device: where to; None for a GPU where there is one.
-        dtype: of the parameters (gates and initial memory stay at least fp32); None as saved.
+        dtype: of the parameters (gates and initial memory stay at least fp32); None as config.json
+            says (shipped ones: float32, though their files hold bfloat16).
 
     Raises:
         UserError: a file is missing, damaged or cut short, parameters are missing or not finite, or the
             tokenizer has ids that the model has not.
     """
-    folder = _checkpoint_folder(Path(path))
+    folder = _checkpoint_folder(resolved(path))
     _check_files(folder)
     try:
         # What does not fit is reported below, in one line instead of transformers' table.
@@ -87,8 +99,9 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _checkpoint_folder(path: Path) -> Path:
     if not path.is_dir():
+        expected = "expected a checkpoint, the output folder of titans train, or a shipped checkpoint's name"
         raise UserError(
-            f"{path}: no such folder (expected a checkpoint, or the output folder of titans train)"
+            f"{path}: no such folder ({expected}): {unknown_name('checkpoint', str(path), shipped_names())}"
         )
     if (path / "config.json").is_file():
         return path

@@ -25,6 +25,7 @@ from titans.inference.memory_file import (
     read_memory,
     write_memory,
 )
+from titans.inference.shipped import SHIPPED, resolved
 from titans.inference.stream import Stream
 from titans.inference.text import cut
 from titans.models import TitansCache, TitansForCausalLM
@@ -79,7 +80,8 @@ class Memory:
         """A memory that has read nothing.
 
         Args:
-            model: a checkpoint (or the output folder of a training run), or a model in evaluation mode.
+            model: a checkpoint, the output folder of a training run, the name of a shipped checkpoint, or a
+                model in evaluation mode.
             tokenizer: the model's; None only where `model` is a path, which holds it.
             device: where a checkpoint is loaded to; None for a GPU where there is one.
             piece: tokens per forward pass: speed and memory, not the answer.
@@ -90,7 +92,10 @@ class Memory:
             return cls(Stream(model, piece=piece), tokenizer, model_path=str(model.name_or_path))
         loaded = load_checkpoint(model, device=device)
         stream = Stream(loaded.model, piece=piece)
-        return cls(stream, tokenizer or loaded.tokenizer, model_path=os.path.abspath(loaded.folder))
+        # A shipped checkpoint by its name: another installation has it elsewhere.
+        shipped = loaded.folder.parent == SHIPPED
+        model_path = loaded.folder.name if shipped else os.path.abspath(loaded.folder)
+        return cls(stream, tokenizer or loaded.tokenizer, model_path=model_path)
 
     @classmethod
     def load(
@@ -110,7 +115,7 @@ class Memory:
         file = read_memory(Path(path))
         if model is None:
             model = file.header.model_path
-            if not Path(model).is_dir():
+            if not resolved(model).is_dir():
                 raise UserError(f"{path}: its model is no longer at {model or 'a path'}: name it")
         memory = cls.new(model, tokenizer, device=device, piece=piece)
         memory.restore(file, Path(path))
@@ -119,8 +124,7 @@ class Memory:
     @property
     def state_bytes(self) -> int:
         """Size of the state: constant, however much is read."""
-        states = self.stream.cache.states if self.stream.tokens_read else []
-        return sum(leaf.nbytes for leaf in leaves(states).values() if isinstance(leaf, Tensor))
+        return self.stream.state_bytes
 
     def read(self, text: str, name: str = "text") -> None:
         """Read `text`; a call goes on where the one before ended, as if the texts were one.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from titans.inference.graph import StepGraph, keeps_its_shape
 from titans.models import TitansCache, TitansForCausalLM
-from titans.models.state import compact
+from titans.models.state import compact, leaves
 from titans.nn import at_least_fp32
 
 # Tokens per forward pass. More fill a GPU; on a CPU they only take memory.
@@ -81,6 +81,12 @@ class Stream:
             )
         self._leave_graph()
         return self._cache
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the state: constant, however much is read (0 before the first token)."""
+        states = self.cache.states if self.tokens_read else []
+        return sum(leaf.nbytes for leaf in leaves(states).values() if isinstance(leaf, Tensor))
 
     def fork(self) -> Stream:
         """A stream that has read the same; what either reads from now on, the other does not.

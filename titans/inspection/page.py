@@ -55,14 +55,14 @@ def render(about: About, texts: list[str], record: Record, dependence: Dependenc
     They reach the page as JSON without a `<` and are put into it as text nodes; the page's own policy allows
     no script but the one whose hash it names, and no request at all.
     """
-    style = _template("page.css")
-    script = '"use strict";\n(() => {\n' + "\n".join(map(_template, SCRIPTS)) + "})();\n"
+    style = template("page.css")
+    script = '"use strict";\n(() => {\n' + "\n".join(map(template, SCRIPTS)) + "})();\n"
     data = _data(texts, record, dependence)
     words = {name: html.escape(visible(str(value))) for name, value in vars(about).items()}
-    return string.Template(_template("page.html")).substitute(
+    return string.Template(template("page.html")).substitute(
         words,
         title=html.escape(visible(about.title)),
-        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
+        policy=f"default-src 'none'; style-src '{content_hash(style)}'; script-src '{content_hash(script)}'",
         style=style,
         data=to_script(data),
         script=script,
@@ -147,9 +147,11 @@ def _short(values: Array) -> list[float]:
     return [float(f"{value:.6g}") for value in values.ravel().tolist()]
 
 
-def _template(name: str) -> str:
+def template(name: str) -> str:
+    """A file of `template/`."""
     return files("titans.inspection").joinpath("template", name).read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def content_hash(text: str) -> str:
+    """As a page's policy names the styles and scripts that it allows."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

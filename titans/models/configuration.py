@@ -33,7 +33,7 @@ MLP_WIDTHS = {
     "760m": {"lmm": 3584, "mac": 1536, "mag": 2048, "mal": 1536, "attention": 4352},
     "1.3b": {"lmm": 7488, "mac": 4736, "mag": 5440, "mal": 4736, "attention": 8384},
 }
-# The rest of "tiny", for tests and the demo: lengths at which every boundary is met within 100 tokens.
+# The rest of "tiny", for tests and trials: lengths at which every boundary is met within 100 tokens.
 TINY_FIELDS = {"memory_head_dim": 32, "segment_size": 64, "window_size": 64, "num_persistent_tokens": 4}
 
 

@@ -63,6 +63,7 @@ class ShortConv(nn.Module):
 def _convolve(x_BTC: Tensor, tail_BTC: Tensor, weight_CW: Tensor) -> Tensor:
     padded_BTC = torch.cat([tail_BTC, x_BTC], dim=1)
     tokens = x_BTC.shape[1]
-    terms = (padded_BTC[:, i : i + tokens] * weight_CW[:, i] for i in range(weight_CW.shape[1]))
+    weight_WC = weight_CW.mT.contiguous()  # else every step to the next channel is one of W
+    terms = (padded_BTC[:, i : i + tokens] * weight_WC[i] for i in range(len(weight_WC)))
     # Under autocast the sum is wider than the stream; what follows goes on in the stream's dtype.
     return reduce(torch.add, terms).to(x_BTC.dtype)

@@ -1,4 +1,4 @@
-"""One training run from a recipe: what ``titans train`` and ``titans demo`` do."""
+"""One training run from a recipe: what ``titans train`` does."""
 
 import contextlib
 import importlib.util

@@ -126,7 +126,7 @@ class Carry:
     """The gates of one chunk (or a group) and layer, in the form the carry uses.
 
     keep: beta_C, feed: c_C, hold: h_C, `[N, 1, J]` (J = 1 or D_out). write, write_momentum: `[N, C, J]`.
-    With `at_input` the write gates multiply X, and `left`, `left_momentum` may hold w X and w_S X already.
+    With `at_input` the write gates multiply X, else G.
     """
 
     at_input: bool
