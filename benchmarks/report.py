@@ -39,8 +39,8 @@ def origin(record: dict[str, Any], file: str) -> str:
             f"`results/{file}`."
         )
     machine = record["machine"]
-    versions = next((row["versions"] for row in record["rows"] if "gpu" in row.get("versions", {})), {})
-    gpu = f"{versions['gpu']}, PyTorch {versions['torch']}, " if versions else ""
+    card = machine.get("gpu")
+    gpu = f"{card['name']}, PyTorch {card['torch']}, Triton {card['triton']}, " if card else ""
     lines = [
         f"`{record['command']}`, commit {record['commit']}, {record['date'][:10]}, {gpu}{machine['cpu']}, "
         f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''} of {machine['cores']} cores, "
@@ -219,8 +219,12 @@ def verdicts(entry: dict[str, Any], bound: str) -> str:
     return "; ".join(said).replace("|", "/")
 
 
-def models_on_a_gpu(record: dict[str, Any]) -> str:
-    options, entries = record["options"], record["summary"]["table"]
+def models_on_a_gpu(record: dict[str, Any], earlier: bool = False) -> str:
+    options = record["options"]
+    measured = {
+        entry["row"] for entry in record["summary"]["table"] if entry["tokens_per_second"] is not None
+    }
+    entries = [entry for entry in record["summary"]["table"] if entry["row"] in measured]
     about = (
         f"{options['size']} models, random weights, bf16 autocast, forward, backward and AdamW on "
         f"{options['step_tokens']:,} tokens a step: thousands of tokens/s by length, in brackets over the "
@@ -240,7 +244,8 @@ def models_on_a_gpu(record: dict[str, Any]) -> str:
                 said.append(f"a block compiled in {facts['graphs']} graphs")
             if said := list(filter(None, said)):
                 notes.append(f"* {name} at {length:,}: {'; '.join(said)}")
-    parts = ["## Whole models on a GPU\n", about, table(["model", *(f"{n:,}" for n in lengths)], rows)]
+    title = "## Whole models on a GPU" + (", an earlier run" if earlier else "")
+    parts = [f"{title}\n", about, table(["model", *(f"{n:,}" for n in lengths)], rows)]
     return "\n".join([*parts, "", *notes] if notes else parts)
 
 
@@ -329,9 +334,12 @@ def plot_models(record: dict[str, Any], figure: Any) -> None:
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "recall.json": lambda record: needles(record, table),
+    "recall.json": lambda record: needles(record, table, "Needles far beyond the training length"),
+    "recall_first.json": lambda record: needles(record, table, "Needles, an earlier run"),
+    "recall_twin.json": lambda record: needles(record, table, "Needles without a memory"),
     "ops_gpu.json": ops_on_a_gpu,
     "models_gpu.json": models_on_a_gpu,
+    "models_gpu_first.json": lambda record: models_on_a_gpu(record, earlier=True),
     "kernel_resources.json": kernel_resources,
     "ops_cpu.json": memory_on_a_cpu,
     "stream_gpu.json": streams,
@@ -345,8 +353,9 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 # A plot of the same name in docs/images/: what it shows, and who draws it.
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Any], None]]] = {
     "ops_gpu.json": ("Time over Gated DeltaNet's by shape", plot_ops),
-    "models_gpu.json": ("Tokens/s by length", plot_models),
+    "models_gpu_first.json": ("Tokens/s by length, an earlier run", plot_models),
     "recall.json": ("Needles far beyond the training length", plot_needles),
+    "recall_first.json": ("Needles, an earlier run", plot_needles),
 }
 
 

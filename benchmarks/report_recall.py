@@ -28,12 +28,12 @@ def shares(rows: list[Row]) -> dict[tuple[str, str, int], dict[int, float]]:
     return found
 
 
-def needles(record: Row, table: Callable[[list[str], list[list[str]]], str]) -> str:
+def needles(record: Row, table: Callable[[list[str], list[list[str]]], str], title: str) -> str:
     """The section: how the models were trained, and what they answer at which length."""
     rows = record["rows"]
     trained = [row for row in rows if row.get("kind") == "training"]
     parts = [
-        "## Needles far beyond the training length\n",
+        f"## {title}\n",
         "RULER's single needles (S-NIAH-PK, -N and -W of the paper) in held-out books, lengths in Llama-2 "
         "tokens; trained on rows of at most "
         f"{max((max(row['recipe']['data']['lengths']) for row in trained), default=0):,} tokens of other "
