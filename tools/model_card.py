@@ -31,13 +31,14 @@ file holds bfloat16 (gates and initial memory float32); the model is loaded in f
 
 ## Data
 
-Sentences of public-domain books of Project Gutenberg with needles of RULER's form (arXiv:2404.06654),
-generated while training: {tasks}, rows of {lengths} tokens.
-The tokenizer is a byte-level BPE of {vocabulary:,} ids of the same sentences. Tests are made of other books.
+Sentences of public-domain books of Project Gutenberg and of English Wikipedia (CC BY-SA 3.0) with needles of
+RULER's form (arXiv:2404.06654), generated while training: {tasks},
+rows of {lengths} tokens. The tokenizer is a byte-level BPE of {vocabulary:,} ids of the books. Tests are made
+of other books.
 
 ## Training
 
-Seed {seed}, {steps:,} steps, {tokens:,} tokens, {seconds:,.0f} s on {device}. Recipe `{model}`:
+{before}Seed {seed}, {steps:,} steps, {tokens:,} tokens, {seconds:,.0f} s on {device}. Recipe `{model}`:
 
 ```json
 {recipe}
@@ -58,9 +59,17 @@ From `{command}`, commit {commit}, {date}, {machine}.
 """
 
 
-def card(name: str, model: str, seed: int, vocabulary: int, record: Row, rows: list[Row]) -> str:
+def card(
+    name: str,
+    model: str,
+    seed: int,
+    vocabulary: int,
+    record: Row,
+    rows: list[Row],
+    before: tuple[Row, Row] | None = None,
+) -> str:
     """vocabulary: ids of the tokenizer. record: the JSON file. rows: those of this model and seed, one of
-    training among them."""
+    training among them. before: the JSON file and the training row of the leg that it began from."""
     training = next(row for row in rows if row["kind"] == "training")
     tests = [row for row in rows if row["kind"] == "test" and "error" not in row]
     recipe = json.loads(json.dumps(training["recipe"]))
@@ -72,6 +81,7 @@ def card(name: str, model: str, seed: int, vocabulary: int, record: Row, rows: l
     return _CARD.format(
         name=name,
         model=model,
+        before="" if before is None else _before(*before),
         seed=seed,
         parameters=training["parameters"],
         variant=recipe["model"]["variant"],
@@ -109,6 +119,14 @@ def _table(tests: list[Row], title: str, of: Any) -> str:
         shown = (f"{found[length][0]}/{found[length][1]}" if length in found else "-" for length in lengths)
         lines.append(f"| {value} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def _before(record: Row, training: Row) -> str:
+    return (
+        f"First leg: recipe `{training['model']}`, seed {training['seed']}, {training['steps']:,} steps, "
+        f"{training['tokens']:,} tokens, {training['seconds']:,.0f} s on {_device(record['machine'])}, commit "
+        f"{record['commit']}; it ended: {training['message']}. Second leg, from its weights:\n\n"
+    )
 
 
 def _device(machine: Row) -> str:

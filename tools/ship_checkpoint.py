@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -42,10 +43,11 @@ def ship(
     seed: int,
     name: str,
     *,
+    start: tuple[Path, str] | None = None,
     folder: Path = SHIPPED,
     overwrite: bool = False,
 ) -> Path:
-    """Make ``folder / name``, whole or not at all.
+    """Make ``folder / name``, whole or not at all. start: results and model of the leg that it began from.
 
     Raises:
         UserError: it exists, or the weights, the tokenizer and the rows do not belong together.
@@ -72,7 +74,9 @@ def ship(
         _load_as_float32(staged / "config.json")
         (staged / "generation_config.json").unlink(missing_ok=True)
         save_tokenizer(sentences.tokenizer, staged)
-        text = card(name, model, seed, saved.config.vocab_size, record, rows)
+        _make_compact(staged / "tokenizer.json")
+        before = None if start is None else _training(*start, seed)
+        text = card(name, model, seed, saved.config.vocab_size, record, rows, before)
         (staged / "README.md").write_text(text, encoding="utf-8")
         check(staged, saved, sentences)
         if final.exists():
@@ -120,6 +124,21 @@ def check(folder: Path, saved: TitansForCausalLM, sentences: SentenceTokens) -> 
             raise UserError(f"{folder}: its tokenizer does not give the haystack's ids")
 
 
+def _training(results: Path, model: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    record = json.loads(results.read_text(encoding="utf-8"))
+    for row in record["rows"]:
+        if row["kind"] == "training" and (row["model"], row["seed"]) == (model, seed):
+            return record, row
+    raise UserError(f"{results}: expected a training of {model}, seed {seed}")
+
+
+def _make_compact(tokenizer: Path) -> None:
+    """108 KB instead of 259: no indents, and characters as they are."""
+    fields = json.loads(tokenizer.read_text(encoding="utf-8"))
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+    tokenizer.write_text(text + "\n", encoding="utf-8")
+
+
 def _load_as_float32(config: Path) -> None:
     """What `dtype="auto"`, transformers' default, goes by: bfloat16 is for the size of the file alone."""
     fields = json.loads(config.read_text(encoding="utf-8"))
@@ -137,6 +156,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="the recipe in that file, needle_mag")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--name", required=True, help="of the checkpoint, needle-mag")
+    parser.add_argument("--start", nargs=2, metavar=("RESULTS", "MODEL"), help="the leg it began from")
     parser.add_argument("--overwrite", action="store_true")
     given = parser.parse_args()
     try:
@@ -147,6 +167,7 @@ def main() -> int:
             given.model,
             given.seed,
             given.name,
+            start=given.start and (Path(given.start[0]), given.start[1]),
             overwrite=given.overwrite,
         )
     except (UserError, OSError) as error:

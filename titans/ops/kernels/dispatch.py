@@ -1,8 +1,8 @@
 """Launching a kernel without asking Triton about every argument again.
 
-`kernel[grid](...)` looks at type, alignment and value of each argument, builds a key from them and compares
-all global constants: 35 us a launch for the 25 to 40 arguments of these kernels, here 12.
-A linear memory's forward and backward (13 launches) was bound by that. What our launches vary in is less.
+`kernel[grid](...)` looks at type, alignment and value of each of 25 to 40 arguments, builds a key from them
+and compares all global constants. A linear memory's 13 launches forward and backward were bound by that
+(docs/kernels.md, "The host"). What our launches vary in is less.
 """
 
 from __future__ import annotations
