@@ -343,9 +343,10 @@ def report(tmp_path, monkeypatch):
 def test_the_page_shows_models_and_both_plots(report, session, tmp_path):
     """Made from sessions' own files; a plot of other figures and a missing one are found."""
     pytest.importorskip("matplotlib")
+    models = next(Path(file).stem for file in report.PLOTS if file.startswith("models_gpu"))
     for name, options, table in (
         ("ops_gpu", {"tokens": 32768}, summarise(found(gated_deltanet=3.0, mlp1_c64=4.0), 4.3)),
-        ("models_gpu", {"size": "340m", "step_tokens": 65536}, models_rows.summarise(SPEEDS, 65536)),
+        (models, {"size": "340m", "step_tokens": 65536}, models_rows.summarise(SPEEDS, 65536)),
     ):
         run = session()
         run.name, run.options, run.summary["table"] = name, options, table
@@ -363,8 +364,8 @@ def test_the_page_shows_models_and_both_plots(report, session, tmp_path):
     (tmp_path / "ops_gpu.json").write_text(json.dumps(record))
     assert _check(report) == "stale: ops_gpu.png, results.md; run python benchmarks/report.py"
     (tmp_path / "ops_gpu.json").unlink()
-    (tmp_path / "images" / "models_gpu.png").unlink()
-    assert "models_gpu.png" in _check(report)
+    (tmp_path / "images" / f"{models}.png").unlink()
+    assert f"{models}.png" in _check(report)
 
 
 def _check(report) -> str | None:

@@ -105,6 +105,12 @@ def needle_mag_f256_second() -> Recipe:
     return replace(recipe, data=replace(recipe.data, curriculum_steps=0), training=training)
 
 
+def needle_mag_f256_third() -> Recipe:
+    """A third leg: a short one in which writing is ten times as dear."""
+    recipe = needle_mag_f256_second()
+    return replace(recipe, training=replace(recipe.training, learning_rate=3e-4, write_penalty=5.0))
+
+
 def needle_mal() -> Recipe:
     """Memory as a layer below attention with a window of 256."""
     return _with_model(needle_lmm(), **_hybrid("mal"))
