@@ -124,8 +124,8 @@ def _table(tests: list[Row], title: str, of: Any) -> str:
 def _before(record: Row, training: Row) -> str:
     return (
         f"First leg: recipe `{training['model']}`, seed {training['seed']}, {training['steps']:,} steps, "
-        f"{training['tokens']:,} tokens, {training['seconds']:,.0f} s on {_device(record['machine'])}, commit "
-        f"{record['commit']}; it ended: {training['message']}. Second leg, from its weights:\n\n"
+        f"{training['tokens']:,} tokens, {training['seconds']:,.0f} s on {_device(record['machine'])}, "
+        f"commit {record['commit']}; it ended: {training['message']}. Second leg, from its weights:\n\n"
     )
 
 
