@@ -335,6 +335,8 @@ def plot_models(record: dict[str, Any], figure: Any) -> None:
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recall.json": lambda record: needles(record, table, "Needles far beyond the training length"),
+    "recall_second.json": lambda record: needles(record, table, "Needles, a second leg"),
+    "recall_third.json": lambda record: needles(record, table, "Needles, a third leg"),
     "recall_first.json": lambda record: needles(record, table, "Needles, an earlier run"),
     "recall_twin.json": lambda record: needles(record, table, "Needles without a memory"),
     "ops_gpu.json": ops_on_a_gpu,

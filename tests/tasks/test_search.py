@@ -40,7 +40,8 @@ def test_answers_are_those_to_the_whole_prompt(variant):
         whole += hidden.tokens
         stream = Stream(model)
         stream.read(text.prompt_ids(hidden))
-        expected = continue_text(stream, TOKENIZER, Sampling(greedy=True, max_new_tokens=16))
+        tokens = len(TOKENIZER.encode(" " + hidden.value, add_special_tokens=False))
+        expected = continue_text(stream, TOKENIZER, Sampling(greedy=True, max_new_tokens=tokens))
         assert answer.text == "".join(expected)
         assert answer.value == hidden.value
         assert answer.state_bytes == stream.state_bytes > 0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a mistake in the options mus
 
 MEMORY = "needle-mag"
 TWIN = "needle-sliding"  # the same data, size and window of attention, without a memory
-LENGTHS = (2_048, 8_192, 32_768)  # of the picture, beside that of the text
+LENGTHS = (1_024, 2_048, 4_096)  # of the picture, beside that of the text
 DEPTHS = (0.1, 0.9)  # of the picture, beside that of the fact
 PICTURE_SECONDS = 75.0  # beyond which nothing more is begun for the picture
 _CONTEXT = 3  # sentences shown before and after the fact
@@ -32,7 +32,7 @@ _PROBE = 2048  # tokens, to see how many threads read fastest
 
 @dataclass(frozen=True)
 class Arguments:
-    """Hide a fact in 200,000 tokens of real text and ask a small trained model for it at the end.
+    """Hide a fact in a long real text and ask a small trained model for it at the end.
 
     The text streams through constant memory on the CPU; the model's twin without a memory reads the same.
     Exit code 0: the model with the memory knows the fact. Ctrl-C ends it, and nothing half-written stays.
@@ -41,8 +41,9 @@ class Arguments:
     source: str = PYTHON_DOCS
     """A text file or folder; by default the documentation text that Python ships. Less text than --tokens
     comes again, its paragraphs in another order each time."""
-    tokens: int = 200_000
-    """Tokens to read, at least."""
+    tokens: int = 8_192
+    """Tokens to read, at least. The shipped model finds its fact in so many of this text, in 32,768 it does
+    not (docs/recall.md)."""
     depth: float | None = None
     """Where the fact is hidden: the share of the text before it, 0 to 1; by default drawn."""
     seed: int = 0

@@ -13,15 +13,13 @@ from titans.inference.generate import Sampling, continue_text
 from titans.inference.stream import Stream
 from titans.tasks.long_text import Hidden, LongText
 
-_ANSWER_TOKENS = 16  # seven digits, a space, a full stop, and some to see what else is said
-
 # Called with the tokens just read.
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said. text: all of it; given: the answer in it; state_bytes: of its state then."""
+    """What a model said. text: all that was decoded; given: the answer in it; state_bytes: of its state then."""
 
     text: str
     given: str
@@ -61,11 +59,15 @@ class Reader:
         return beginning + hidden.tokens - len(self._text.start) - max(start, 0)
 
     def answer(self, hidden: Hidden, progress: Progress = lambda read: None) -> Answer:
-        """Read up to the question and let the model answer by its likeliest tokens."""
+        """Read up to the question and let the model answer by its likeliest tokens.
+
+        As many as the true value has, as the tests do: models trained on answers alone never learn to stop.
+        """
         stream = self._before(hidden.position, progress)
         for ids in (hidden.needle_ids, self._text.ids[hidden.position : hidden.end], hidden.question_ids):
             _read(stream, ids, progress)
-        sampling = Sampling(greedy=True, max_new_tokens=_ANSWER_TOKENS)
+        tokens = len(self._text.encode([" " + hidden.value])[0])
+        sampling = Sampling(greedy=True, max_new_tokens=tokens)
         text = "".join(continue_text(stream, self._tokenizer, sampling))
         return Answer(text=text, given=answer_in(text), value=hidden.value, state_bytes=stream.state_bytes)
 
