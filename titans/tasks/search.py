@@ -19,7 +19,8 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said. text: all that was decoded; given: the answer in it; state_bytes: of its state then."""
+    """What a model said. text: all that was decoded; given: the answer in it; state_bytes: of its state
+    then."""
 
     text: str
     given: str
