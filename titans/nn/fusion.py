@@ -10,8 +10,7 @@ from torch import Tensor
 from titans.ops.api import Implementation
 from titans.ops.kernels.support import layer_unsupported
 
-# Checked on an H100. A linear layer of width 1024, 4 x 8,192 tokens, forward and backward in bf16: 21.8 ms
-# without them, 8.1 ms compiled without them, 6.5 ms with them (nothing compiled).
+# Checked on an H100, where they were faster than the same layer without them, compiled or not.
 FUSED_BY_DEFAULT = True
 
 
