@@ -29,8 +29,12 @@ SIZES = {
 
 Build = Callable[..., TitansForCausalLM]
 
+# Beside the variants a stack of two kinds of blocks: attention alone, then memory beside it.
+MIXED = "mag after attention"
+MIXED_FIELDS = {"variant": "mag", "memory_from_layer": 1}
 
-@pytest.fixture(params=VARIANTS, scope="session")
+
+@pytest.fixture(params=(*VARIANTS, MIXED), scope="session")
 def variant(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -42,7 +46,8 @@ def fresh() -> Build:
     def make(variant: str, seed: int = 0, **fields: Any) -> TitansForCausalLM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return TitansForCausalLM(TitansConfig(variant=variant, **{**SIZES, **fields})).double()
+            kind = MIXED_FIELDS if variant == MIXED else {"variant": variant}
+            return TitansForCausalLM(TitansConfig(**{**SIZES, **kind, **fields})).double()
 
     return make
 

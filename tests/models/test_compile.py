@@ -11,7 +11,7 @@ from titans.nn.memory import MemoryCore
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_block_is_one_graph(variant):
     config = TitansConfig.named("tiny", variant=variant, vocab_size=259)
-    block = TitansBlock(config)
+    block = TitansBlock(config, 0)
     hidden = torch.randn(2, 48, config.hidden_size)
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=False)
@@ -32,7 +32,7 @@ def test_a_block_with_kernels_is_one_graph(depth):
         memory_depth=depth,
         memory_expansion=1,
     )
-    block = TitansBlock(config)
+    block = TitansBlock(config, 0)
     for module in block.modules():
         if isinstance(module, MemoryCore):
             module.impl = "triton"

@@ -58,7 +58,12 @@ def test_overrides_win():
         ({"memory_forget_gate": "channel"}, "forget must be one of .* got 'channel'"),
         ({"memory_step_gate": "soft"}, "step must be one of .* got 'soft'"),
         ({"memory_momentum_init": 1.0}, "momentum_init must lie between 0 and 1, got 1.0"),
+        ({"memory_step_init": 0.0}, "step_init must lie between 0 and 1, got 0.0"),
         ({"memory_max_step": 0.0}, "max_step must be positive, got 0.0"),
+        ({"variant": "lmm", "memory_from_layer": 1}, "memory_from_layer must be 0 for variant 'lmm'"),
+        ({"memory_from_layer": 4}, r"memory_from_layer \(4\) must be less than num_hidden_layers \(4\)"),
+        ({"memory_from_layer": -1}, "memory_from_layer must be an integer of at least 0, got -1"),
+        ({"memory_from_layer": 1, "window_size": None}, "window_size must be an integer"),
     ],
 )
 def test_a_configuration_that_cannot_be_built_is_refused(fields, message):

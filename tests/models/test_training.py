@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from titans.models import TitansConfig, TitansForCausalLM
+from titans.models import VARIANTS, TitansConfig, TitansForCausalLM
 
 
 def test_labels_are_shifted_inside_and_ignored_at_minus_100(build, tokens):
@@ -69,6 +69,7 @@ def test_embeddings_can_stand_for_tokens(variant, build, tokens):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16-autocast"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_few_steps_learn_a_repeated_text(variant, autocast):
     """Loss falls from ln 32 to under half in 40 steps of 2 rows, and no gradient is ever infinite or NaN."""
     torch.manual_seed(0)

@@ -55,7 +55,17 @@ def test_a_fresh_layer_remembers_and_steps_by_a_quarter():
     assert 0 < (1 - log_decay.double().exp()).max() < 1e-4
 
 
-@pytest.mark.parametrize("spec", [GateSpec(), GateSpec(forget="sigmoid", step="hard")])
+@pytest.mark.parametrize("step", ["sigmoid", "hard"])
+@torch.no_grad()
+def test_the_first_step_is_the_share_asked_for(step):
+    spec = GateSpec(step=step, step_init=0.1, momentum=False, max_step=0.5)
+    theta = MemoryGates(HIDDEN, HEADS, LAYERS, spec)(torch.randn(1, 5, HIDDEN)).theta
+    torch.testing.assert_close(theta, torch.full_like(theta, 0.05))
+
+
+@pytest.mark.parametrize(
+    "spec", [GateSpec(), GateSpec(forget="sigmoid", step="hard"), GateSpec(step="hard", step_init=0.02)]
+)
 def test_every_kind_gets_gradient_at_initialisation(spec):
     """A rectified gate that starts at its zero would stay there."""
     gates = MemoryGates(HIDDEN, HEADS, LAYERS, spec)

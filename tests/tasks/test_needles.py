@@ -59,7 +59,7 @@ def test_rows_have_the_tokens_of_their_text_and_ask_for_answers_alone(name):
             keys = re.split(r", and |, ", question)
             hidden = NEEDLE.findall(before)
             # All values of each key asked for, in the order of the text, and all of them come before.
-            assert answer == " " + ", ".join(v for key in keys for k, v in hidden if k == key)
+            assert answer == " " + ", ".join(v for key in keys for k, v in hidden if k == key) + "."
             assert len(NEEDLE.findall(text)) == len(hidden) or first < edges[-1][0]
             questions += 1
     assert questions > 12

@@ -51,7 +51,9 @@ class TitansConfig(PreTrainedConfig):
     memory_depth, memory_expansion, memory_activation, memory_residual, memory_norm: the memory network,
         see `MemorySpec`. None: on for depth >= 2.
     memory_momentum, memory_momentum_init, memory_gates_per_layer, memory_forget_gate, memory_step_gate,
-        memory_max_step: its gates, see `GateSpec`.
+        memory_step_init, memory_max_step: its gates, see `GateSpec`.
+    memory_from_layer: blocks before this one mix by sliding attention alone ("mac", "mag", "mal"). What a
+        gate knows of a token's context comes from below it: in the first block of "mag" and "mal" nothing.
     conv_size: width of the causal depthwise convolution after q, k and v.
     chunk_size: tokens whose inner gradients are taken at the same weights.
     segment_size: tokens that attend to one another in "mac"; a multiple of chunk_size.
@@ -88,7 +90,9 @@ class TitansConfig(PreTrainedConfig):
     memory_gates_per_layer: bool = True
     memory_forget_gate: str = "rectified"
     memory_step_gate: str = "sigmoid"
+    memory_step_init: float = 0.5
     memory_max_step: float | None = None
+    memory_from_layer: int = 0
     conv_size: int = 4
     chunk_size: int = 16
     segment_size: int = 512
@@ -138,6 +142,7 @@ class TitansConfig(PreTrainedConfig):
                 per_layer=self.memory_gates_per_layer,
                 forget=self.memory_forget_gate,  # type: ignore[arg-type]  # checked by GateSpec
                 step=self.memory_step_gate,  # type: ignore[arg-type]
+                step_init=self.memory_step_init,
                 max_step=self.memory_max_step,
             ),
             chunk_size=self.chunk_size,
@@ -162,6 +167,7 @@ class TitansConfig(PreTrainedConfig):
         ):
             _expect_integer(name, getattr(self, name), minimum=1)
         _expect_integer("num_persistent_tokens", self.num_persistent_tokens, minimum=0)
+        _expect_integer("memory_from_layer", self.memory_from_layer, minimum=0)
         if self.window_size is not None:
             _expect_integer("window_size", self.window_size, minimum=1)
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -183,6 +189,18 @@ class TitansConfig(PreTrainedConfig):
                 f"window_size must be an integer for variant {self.variant!r}, got None: its attention "
                 "slides so that a stream needs constant memory"
             )
+        if self.memory_from_layer and self.variant not in ("mac", "mag", "mal"):
+            raise ValueError(
+                f"memory_from_layer must be 0 for variant {self.variant!r}, which does not join attention to "
+                f"a memory, got {self.memory_from_layer}"
+            )
+        if self.memory_from_layer >= self.num_hidden_layers:
+            raise ValueError(
+                f"memory_from_layer ({self.memory_from_layer}) must be less than num_hidden_layers "
+                f"({self.num_hidden_layers})"
+            )
+        if self.memory_from_layer and self.window_size is None:
+            raise ValueError("window_size must be an integer with memory_from_layer, got None")
         if self.variant != "attention":
             assert self.memory_spec  # builds MemorySpec and GateSpec, which check their own fields
 

@@ -178,5 +178,6 @@ MIXERS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_mixer(config: TitansConfig) -> nn.Module:
-    return MIXERS[config.variant](config)
+def build_mixer(config: TitansConfig, layer: int) -> nn.Module:
+    """Of block ``layer``."""
+    return MIXERS["attention" if layer < config.memory_from_layer else config.variant](config)

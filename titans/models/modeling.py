@@ -33,10 +33,10 @@ logger = logging.get_logger(__name__)
 class TitansBlock(GradientCheckpointingLayer):
     """RMSNorm, mixer, RMSNorm, SwiGLU, each pair with a residual."""
 
-    def __init__(self, config: TitansConfig) -> None:
+    def __init__(self, config: TitansConfig, layer: int) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = build_mixer(config)
+        self.mixer = build_mixer(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -74,7 +74,7 @@ class TitansModel(TitansPreTrainedModel):
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TitansBlock(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(TitansBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

@@ -41,6 +41,8 @@ class GateSpec:
         need it).
     forget: "rectified" (alpha = 0.2 relu(sigmoid(x) - 0.5), can be exactly 0), "sigmoid", "none".
     step: "sigmoid" or "hard" (clipped, can be exactly 0: a token that writes nothing).
+    step_init: share of the largest step that an untrained layer takes at every token, between 0 and 1. The
+        outer gradient runs through all writes: with few of them, it is tame from the first step on.
     max_step: bound of `theta / (1 - eta)`, the total step that one token's surprise makes over time, for an
         input of power 1 (see `MemoryGates`). None: `DEFAULT_MAX_STEP` for the memory's depth.
     """
@@ -50,14 +52,16 @@ class GateSpec:
     per_layer: bool = True
     forget: ForgetGate = "rectified"
     step: StepGate = "sigmoid"
+    step_init: float = 0.5
     max_step: float | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (("forget", self.forget, ForgetGate), ("step", self.step, StepGate)):
             if value not in get_args(known):
                 raise ValueError(f"GateSpec.{name} must be one of {get_args(known)}, got {value!r}")
-        if not 0 < self.momentum_init < 1:
-            raise ValueError(f"GateSpec.momentum_init must lie between 0 and 1, got {self.momentum_init}")
+        for name in ("momentum_init", "step_init"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"GateSpec.{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.max_step is not None and not self.max_step > 0:
             raise ValueError(f"GateSpec.max_step must be positive, got {self.max_step}")
 
@@ -130,8 +134,10 @@ class MemoryGates(FullPrecision):
         return torch.stack([one * step for one, step in zip(shares, self.max_steps, strict=True)], dim=-1)
 
     def _step(self, logit: Tensor) -> Tensor:
-        share = torch.sigmoid(logit)
-        return share if self.spec.step == "sigmoid" else (1.2 * share - 0.1).clamp(0, 1)
+        if self.spec.step == "sigmoid":
+            return torch.sigmoid(logit + _logit(self.spec.step_init))
+        share = torch.sigmoid(logit + _logit((self.spec.step_init + 0.1) / 1.2))
+        return (1.2 * share - 0.1).clamp(0, 1)
 
     def _log_decay(self, logit: Tensor) -> Tensor:
         if self.spec.forget == "sigmoid":

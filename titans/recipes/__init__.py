@@ -17,6 +17,7 @@ from titans.recipes.needle import (
     needle_mac,
     needle_mag,
     needle_mag_c16,
+    needle_mag_every_layer,
     needle_mag_f256,
     needle_mag_f256_second,
     needle_mag_f256_third,
@@ -31,7 +32,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     for recipe in (
         *(demo_mac, tiny_lmm, tiny_mac, tiny_mag, tiny_mal, tiny_attention),
         *(needle_lmm, needle_lmm_rectified, needle_lmm_linear, needle_lmm_f256),
-        *(needle_mac, needle_mag, needle_mag_c16),
+        *(needle_mac, needle_mag, needle_mag_every_layer, needle_mag_c16),
         *(needle_mag_f256, needle_mag_f256_second, needle_mag_f256_third),
         *(needle_mal, needle_attention, needle_sliding),
         *(mqar_lmm, mqar_lmm_linear, mqar_lmm_f256, mqar_attention),

@@ -31,6 +31,7 @@ def needle_lmm() -> Recipe:
             memory_head_dim=64,
             memory_expansion=1,
             memory_step_gate="hard",
+            memory_step_init=0.1,
             memory_forget_gate="none",
             chunk_size=64,
             num_persistent_tokens=0,
@@ -48,6 +49,7 @@ def needle_lmm() -> Recipe:
             steps=3000,
             batch_size=1,
             learning_rate=2e-3,
+            min_learning_rate_ratio=0.0,
             warmup_steps=100,
             write_penalty=0.5,
             max_skipped_steps=100,
@@ -76,8 +78,13 @@ def needle_lmm_f256() -> Recipe:
 
 
 def needle_mag() -> Recipe:
-    """Memory as a gate on attention with a window of 256."""
+    """Memory as a gate on attention with a window of 256; the first block has attention alone."""
     return _with_model(needle_lmm(), **_hybrid("mag"))
+
+
+def needle_mag_every_layer() -> Recipe:
+    """The same with a memory in the first block, too, whose gates see nothing but the token."""
+    return _with_model(needle_mag(), memory_from_layer=0, intermediate_size=416)
 
 
 def needle_mag_c16() -> Recipe:
@@ -86,9 +93,8 @@ def needle_mag_c16() -> Recipe:
 
 
 def needle_mag_f256() -> Recipe:
-    """The same with a memory of expansion 4, and a lower price for writing."""
-    recipe = _with_model(needle_mag(), memory_expansion=4, intermediate_size=288)
-    return replace(recipe, training=replace(recipe.training, write_penalty=0.2))
+    """needle_mag with a memory of expansion 4."""
+    return _with_model(needle_mag(), memory_expansion=4, intermediate_size=464)
 
 
 def needle_mag_f256_second() -> Recipe:
@@ -112,12 +118,12 @@ def needle_mag_f256_third() -> Recipe:
 
 
 def needle_mal() -> Recipe:
-    """Memory as a layer below attention with a window of 256."""
+    """Memory as a layer below attention with a window of 256; the first block has attention alone."""
     return _with_model(needle_lmm(), **_hybrid("mal"))
 
 
 def needle_mac() -> Recipe:
-    """Memory as context, segments of 256."""
+    """Memory as context, segments of 256: its gates see what attention made of a token, in every block."""
     return _with_model(needle_lmm(), **_hybrid("mac"))
 
 
@@ -132,8 +138,14 @@ def needle_sliding() -> Recipe:
 
 
 def _hybrid(variant: str) -> dict[str, object]:
-    width = {"mag": 416, "mal": 328, "mac": 328}[variant]
-    return {"variant": variant, "window_size": WINDOW, "segment_size": WINDOW, "intermediate_size": width}
+    width = {"mag": 544, "mal": 488, "mac": 328}[variant]
+    return {
+        "variant": variant,
+        "window_size": WINDOW,
+        "segment_size": WINDOW,
+        "intermediate_size": width,
+        "memory_from_layer": int(variant != "mac"),
+    }
 
 
 def _with_model(recipe: Recipe, **changes: object) -> Recipe:

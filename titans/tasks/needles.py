@@ -153,8 +153,9 @@ class NeedleRows:
         facts = [fact for key in asked for fact in values[key]]
         question = self.encode(frame(task, asked)[1])
         answer = self.encode(" " + ", ".join(value for _, value in facts))
+        # The full stop is learned, too: a model that answers must know when it is done.
         ids = [*question, *answer, *self.encode(".")]
-        return _Piece(max(depth for depth, _ in facts), ids, len(question), len(question) + len(answer))
+        return _Piece(max(depth for depth, _ in facts), ids, len(question), len(ids))
 
     def _assemble(
         self,

@@ -60,8 +60,12 @@ class ModelSettings:
     """rectified, sigmoid or none."""
     memory_step_gate: str | None = None
     """sigmoid, or hard: a token can write nothing at all."""
+    memory_step_init: float | None = None
+    """Share of the largest step that an untrained gate takes."""
     memory_max_step: float | None = None
     """Bound on the inner step over time."""
+    memory_from_layer: int | None = None
+    """Blocks before this one have sliding attention alone (mac, mag, mal)."""
     conv_size: int | None = None
     """Width of the convolution after q, k and v."""
     chunk_size: int | None = None
