@@ -65,6 +65,8 @@ def work(settings):
         os._exit(3)
     if settings["do"] == "hang":
         time.sleep(60)
+    if settings["do"] == "card":
+        raise ValueError("card " + os.environ["CUDA_VISIBLE_DEVICES"])
     return lambda: print("said in between")
 
 other = work
@@ -153,6 +155,29 @@ def test_compiling_takes_first_steps_and_no_times(session, capsys):
     assert "failed: ModuleNotFoundError: no such peer" in printed
 
 
+def test_cards_share_the_rows(session):
+    """Each measures every second row in one process; one that dies there costs the other card nothing."""
+    run = session(gpus=("0", "1"))
+    words = ["step", "step", "die", "raise", "step", "card"]
+    results = sorted(run.measure_each(jobs(*words)), key=lambda result: result[0].settings["number"])
+    assert reasons(results) == [
+        *(None, None, "exit code 3", "ModuleNotFoundError: no such peer", None, "ValueError: card 1")
+    ]
+    record = json.loads(run.save().read_text())
+    assert {row["settings"]["number"]: row["gpu"] for row in record["rows"]} == dict(enumerate("010101"))
+    run.compile([jobs("card")], processes=2, timeout=60)
+    assert run.compiled[0]["error"] == "ValueError: card 0"
+
+
+def test_a_model_that_compiles_too_long_is_measured_without(session):
+    plan = models_rows.Plan("cpu", "tiny", (32, 64), 128, 64, compiled=True)
+    run, planned = session(), plan.jobs("mac")
+    slow = models_rows._one_block(plan, planned[1])
+    run.compiled = [{"settings": slow.settings, "error": "not measured within 150 s"}]
+    left = models_rows._without_slow_compilers(run, plan, planned)
+    assert [job.settings["compiled"] for job in left] == [True, False]
+
+
 def test_the_command_stores_what_it_prints(tmp_path, capsys):
     """The peer is not there, or has no driver for a CPU: its row says so, ours are measured."""
     sizes = ["--device", "cpu", "--tokens", "16", "--batches", "2", "--heads", "1x8", "--impl", "chunked"]
@@ -183,6 +208,8 @@ def test_the_command_stores_what_it_prints(tmp_path, capsys):
         (["models", "--rows", "lmm"], "unknown row 'lmm'"),
         (["models", "--size", "340"], "unknown model size '340'"),
         (["models", "--lengths", "100"], "--lengths 100: expected divisors of --step-tokens 65536"),
+        (["models", "--gpus", "0"], "--gpus 0: expected 1 or more"),
+        (["models", "--gpus", "64"], "--gpus 64: PyTorch sees"),
         (["models", "--micro-tokens", "0"], "--micro-tokens 0: expected 1 or more"),
         (["layers"], "layers"),
     ],

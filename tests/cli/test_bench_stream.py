@@ -39,6 +39,50 @@ def test_the_command_stores_what_it_prints(tmp_path, capsys):
     assert "decode, 2 streams, tokens/s" in printed
 
 
+def test_runs_side_by_side_become_the_file_of_one(tmp_path, capsys):
+    """As on several GPUs: a part for each model, one of them measured again, one that failed."""
+    parts = [tmp_path / name for name in ("attention", "lmm", "again")]
+    common = ["--device", "cpu", "--sizes", "tiny", "--lengths", "64", "--batches", "2"]
+    for row, part in zip(("attention", "lmm", "lmm"), parts, strict=True):
+        assert (
+            main(["bench", "stream", "--rows", row, *common, "--commit", "abc", "--output", str(part)]) == 0
+        )
+    file = parts[2] / "stream_cpu.json"
+    record = json.loads(file.read_text())
+    failed = {name: record["rows"][1][name] for name in ("workload", "settings", "repeats", "warmup")}
+    record["rows"][1] = failed | {"error": "OutOfMemoryError: 9 TB"}
+    file.write_text(json.dumps(record))
+    capsys.readouterr()
+
+    words = ["bench", "stream", "--device", "cpu", "--merge", *map(str, parts), "--output", str(tmp_path)]
+    assert main(words) == 0
+    merged = json.loads((tmp_path / "stream_cpu.json").read_text())
+    assert merged["command"] == "titans bench stream --rows lmm attention " + " ".join(common)
+    table_of = [(e["row"], e["what"], e["batch"], e["error"]) for e in merged["summary"]["table"]]
+    assert table_of == [
+        ("lmm", "prefill", 0, None),
+        ("lmm", "decode", 2, None),
+        ("attention", "prefill", 0, None),
+        ("attention", "decode", 2, None),
+    ]
+    assert merged["rows"][0] == record["rows"][0], "the later of two measurements"
+    printed = capsys.readouterr().out
+    assert "measured twice" in printed
+    assert "decode, 2 streams, tokens/s" in printed
+
+    for changed, message in (
+        ({"commit": "abd"}, "its commit is abd"),
+        ({"machine": {"cpu": "b"}}, "its machine"),
+    ):
+        file.write_text(json.dumps(record | changed))
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    assert main([*words, "--batches", "3"]) == 2
+    assert "--batches says how to measure; --merge measures nothing" in capsys.readouterr().err
+    assert main([*words[:5], str(tmp_path / "none")]) == 2
+    assert "expected a file of titans bench stream" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -29,9 +29,9 @@ SIZES = {
 
 Build = Callable[..., TitansForCausalLM]
 
-# Beside the variants a stack of two kinds of blocks: attention alone, then memory beside it.
+# Beside the variants two kinds of blocks: attention alone, then a memory whose gates see attention.
 MIXED = "mag after attention"
-MIXED_FIELDS = {"variant": "mag", "memory_from_layer": 1}
+MIXED_FIELDS = {"variant": "mag", "memory_from_layer": 1, "memory_gates_from": "attention"}
 
 
 @pytest.fixture(params=(*VARIANTS, MIXED), scope="session")

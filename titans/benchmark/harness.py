@@ -25,8 +25,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import cycle, takewhile
 from pathlib import Path
+from queue import SimpleQueue
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +39,7 @@ SEED = 0
 BREAKS = 3  # processes that a workload may break
 START_UP = 60.0  # seconds that a process may take before its first row begins
 OUT_OF_TIME = "not measured: out of time"
+TOO_LONG = "not measured within"
 
 # glibc hands large blocks back to the kernel at every free and takes page faults at every malloc: up to 3x on
 # workloads with many large temporaries, ours and the peers'. Every row keeps what it has freed.
@@ -104,7 +106,8 @@ class Session:
     script: the file with the workloads. command: how the run was started; None: as that script.
     commit: of the code, where git cannot tell. output: folder of the JSON file. budget: seconds after which
     nothing more is measured. resume: take the rows that the file has already, from the same machine and
-    commit.
+    commit. gpus: what CUDA_VISIBLE_DEVICES may name, cards of one kind to measure on side by side; none: the
+    first.
     """
 
     name: str
@@ -116,6 +119,7 @@ class Session:
     output: Path = RESULTS
     budget: float | None = None
     resume: bool = False
+    gpus: Sequence[str] = ()
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     compiled: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -155,6 +159,7 @@ class Session:
         Rows that the file holds already come first. A row that fails is kept as such and the next one
         follows, in a new process where this one broke off (a GPU is lost to a process after an illegal
         access). A workload that broke `BREAKS` processes is given up, and all is once the budget is spent.
+        With several `gpus` each has a process and its share of the rows, and says in them which it was.
         """
         rest = []
         for job in jobs:
@@ -162,6 +167,28 @@ class Session:
                 yield job, self._add(row)
             else:
                 rest.append(job)
+        if len(self.gpus) < 2:
+            yield from self._measure(rest, python)
+            return
+        results: SimpleQueue[tuple[Job, Result] | None] = SimpleQueue()
+
+        def measure_share(number: int) -> None:
+            try:
+                share = rest[number :: len(self.gpus)]
+                for result in self._measure(share, python, self.gpus[number]):
+                    results.put(result)
+            finally:
+                results.put(None)
+
+        with self._side_by_side(len(self.gpus)) as pool:
+            shares = [pool.submit(measure_share, number) for number in range(len(self.gpus))]
+            for _ in shares:
+                yield from iter(results.get, None)
+            for share in shares:
+                share.result()
+
+    def _measure(self, rest: list[Job], python: str, gpu: str | None = None) -> Iterator[tuple[Job, Result]]:
+        where = {} if gpu is None else {"gpu": gpu}
         lost: Counter[str] = Counter()
 
         def refused(job: Job) -> str | None:
@@ -172,12 +199,12 @@ class Session:
         while rest:
             if reason := refused(rest[0]):
                 job = rest.pop(0)
-                yield job, self._add(_row(job, {"error": reason}))
+                yield job, self._add(_row(job, {"error": reason}) | where)
                 continue
             together = list(takewhile(lambda job: not refused(job), rest))
-            for job, outcome in self._process(together, python):
+            for job, outcome in self._process(together, python, environment=_on(gpu)):
                 rest.remove(job)
-                yield job, self._add(_row(job, outcome))
+                yield job, self._add(_row(job, outcome) | where)
             if job is not together[-1]:
                 lost[job.workload] += 1
 
@@ -195,14 +222,24 @@ class Session:
         """
         if groups:
             print(f"compiling: {len(groups)} processes, {processes} at a time", flush=True)
-        with ThreadPoolExecutor(processes) as pool:
-            futures = [pool.submit(self._compile, group, timeout, environment) for group in groups]
+        with self._side_by_side(processes) as pool:
+            futures = [
+                pool.submit(self._compile, group, timeout, environment | _on(gpu))
+                for group, gpu in zip(groups, cycle(self.gpus or [None]), strict=False)
+            ]
+            for number, future in enumerate(as_completed(futures), 1):
+                print(f"compiled {number} of {len(groups)}: {future.result()}", flush=True)
+
+    @contextlib.contextmanager
+    def _side_by_side(self, count: int) -> Iterator[ThreadPoolExecutor]:
+        """Threads that watch a process each; interrupted, all of them end and start no other."""
+        with ThreadPoolExecutor(count) as pool:
             try:
-                for number, future in enumerate(as_completed(futures), 1):
-                    print(f"compiled {number} of {len(groups)}: {future.result()}", flush=True)
-            except BaseException:  # interrupted, perhaps
+                yield pool
+            except BaseException:
+                self.deadline = -math.inf
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in self._running:
+                for process in list(self._running):
                     _kill(process)
                 raise
 
@@ -259,10 +296,10 @@ class Session:
                 return
             stderr.seek(0)
             said = stderr.read().strip().splitlines() or [f"exit code {code}"]
-        if now >= min(until, self.deadline):
+        if now >= self.deadline:
             said = [OUT_OF_TIME]
         elif now >= limit:
-            said = [f"not measured within {job.timeout:g} s"]
+            said = [f"{TOO_LONG} {job.timeout:g} s"]
         yield job, {"error": said[-1]}
 
     def _add(self, row: dict[str, Any]) -> Result:
@@ -350,6 +387,10 @@ def _kill(process: subprocess.Popen[str]) -> None:
     """The process and those that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _on(gpu: str | None) -> dict[str, str]:
+    return {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
 
 
 def _key(workload: str, settings: dict[str, Any]) -> str:

@@ -59,3 +59,12 @@ def gpu() -> dict[str, str] | None:
         except PackageNotFoundError:
             found[package] = "unknown"
     return found
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name for each card that PyTorch sees; empty without one."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from titans.inference.graph import StepGraph, keeps_its_shape, record
 from titans.inference.stream import Stream
 from titans.models import TitansCache, TitansConfig, TitansForCausalLM
-from titans.models.state import leaves
+from titans.models.state import for_steps, leaves
 from titans.nn.rope import RotaryTable
 
 # What the prefill rows of this process have read, by model and tokens: decoding there starts from it.
@@ -79,6 +79,7 @@ class Decode:
         self.cache = _read[key, tokens].detach()
         self.facts = {"state": f"read {self.cache.seen} tokens", "state_bytes": _bytes(self.cache)}
         self.cache.batch_repeat_interleave(batch)
+        self.cache.states = for_steps(self.cache.states, self.model.config)
         self.ids = _tokens(self.model, batch)[:, None]
         self.graph: StepGraph | None = None
         if self.model.device.type == "cuda":
@@ -104,8 +105,8 @@ class AttentionDecode:
     """The same for full attention, which finds `tokens` random keys and values in its cache.
 
     As fast as it can be made in PyTorch: the cache has its final size and holds rotated keys, the new ones
-    are written in place, and SDPA sees no mask. (The library's own attention keeps keys unrotated and copies
-    them at every token, which suits a window; as a baseline it would flatter us.)
+    are written in place, and SDPA sees no mask. (The library's own full attention keeps keys unrotated and
+    copies them at every token; as a baseline it would flatter us.)
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:

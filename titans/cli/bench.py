@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -73,6 +74,8 @@ class ModelsArguments(Arguments):
     """Tokens of one backward, at most; fewer where memory does not suffice, never less than a sequence."""
     compiled: bool = True
     """torch.compile every block."""
+    gpus: int = 1
+    """Cards of this machine, of one kind, that measure side by side, each its share of models and lengths."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class StreamArguments(Arguments):
     Results go into stream_gpu.json, those of --device cpu (two threads) into stream_cpu.json. Nothing is
     compiled beforehand: --compile-jobs has no effect.
     Example: titans bench stream --rows lmm attention --sizes 170m
+
+    Side by side, a GPU each: CUDA_VISIBLE_DEVICES=0 titans bench stream --rows lmm --output parts/lmm, and so
+    on; then titans bench stream --merge parts/lmm parts/mag.
     """
 
     sizes: tuple[str, ...] = ()
@@ -90,6 +96,8 @@ class StreamArguments(Arguments):
     """Tokens read before; none: from 1K to 2M (and 10M once), on a CPU 10K, 100K and 1M."""
     batches: tuple[int, ...] = (1, 64)
     """Streams that decode together."""
+    merge: tuple[Path, ...] = ()
+    """Measure nothing, but put the files of these folders, of one commit and kind of machine, into one."""
 
 
 Kinds = (
@@ -147,6 +155,8 @@ def _models(arguments: ModelsArguments) -> int:
     rows = _rows(arguments, models_rows.ROWS)
     if arguments.step_tokens < 1:
         raise UserError(f"--step-tokens {arguments.step_tokens}: expected 1 or more")
+    if arguments.gpus < 1:
+        raise UserError(f"--gpus {arguments.gpus}: expected 1 or more")
     if arguments.micro_tokens < 1:
         raise UserError(f"--micro-tokens {arguments.micro_tokens}: expected 1 or more")
     for length in arguments.lengths:
@@ -174,6 +184,8 @@ def _models(arguments: ModelsArguments) -> int:
 def _stream(arguments: StreamArguments) -> int:
     from titans.benchmark import stream_rows
 
+    if arguments.merge:
+        return _merge_streams(arguments)
     rows = _rows(arguments, stream_rows.ROWS)
     for option in ("lengths", "batches"):
         if any(number < 1 for number in getattr(arguments, option)):
@@ -195,8 +207,45 @@ def _stream(arguments: StreamArguments) -> int:
     )
     session = _session("stream", arguments, rows, stream_rows.WORKLOADS, cpu_file="cpu", cpu_threads=2)
     stream_rows.measure(session, plan, rows)
-    title = f"streams, {'bfloat16' if on_gpu else 'float32'}, random weights, by tokens read"
-    return _finish(session, title, *stream_rows.table(session.summary["table"]))
+    return _finish(session, _stream_title(on_gpu), *stream_rows.table(session.summary["table"]))
+
+
+def _stream_title(on_gpu: bool) -> str:
+    return f"streams, {'bfloat16' if on_gpu else 'float32'}, random weights, by tokens read"
+
+
+def _merge_streams(arguments: StreamArguments) -> int:
+    """No GPU is needed for it: nothing runs."""
+    from titans.benchmark.harness import print_table
+    from titans.benchmark.stream_merge import merge
+    from titans.benchmark.stream_rows import LENGTHS, LONGEST, table
+    from titans.files import replace_file
+
+    for option in fields(arguments):
+        if option.name not in ("merge", "device", "output") and (
+            getattr(arguments, option.name) != option.default
+        ):
+            raise UserError(
+                f"--{option.name.replace('_', '-')} says how to measure; --merge measures nothing"
+            )
+    on_gpu = arguments.device == "cuda"
+    name = f"stream_{'gpu' if on_gpu else 'cpu'}.json"
+    record, plan = merge([folder / name for folder in arguments.merge])
+    usual = set(plan.lengths) - {LONGEST} == set(LENGTHS)
+    alike = replace(
+        arguments,
+        merge=(),
+        rows=tuple(record["options"]["rows"]),
+        sizes=plan.sizes,
+        lengths=() if usual else plan.lengths,
+        batches=plan.batches or arguments.batches,
+    )
+    record["command"] = _command("stream", alike)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    replace_file(arguments.output / name, (json.dumps(record, indent=2) + "\n").encode())
+    print_table(_stream_title(on_gpu), *table(record["summary"]["table"]))
+    print(f"written: {arguments.output / name}")
+    return 0
 
 
 def _rows(arguments: Arguments, known: Collection[str]) -> tuple[str, ...]:
@@ -233,14 +282,30 @@ def _session(
     return Session(
         f"{kind}_{'gpu' if arguments.device == 'cuda' else cpu_file}",
         workloads,
-        {name: value for name, value in options.items() if name not in ("output", "commit", "resume")},
+        {
+            name: value
+            for name, value in options.items()
+            if name not in ("output", "commit", "resume", "merge")
+        },
         threads=1 if arguments.device == "cuda" else cpu_threads,
         command=_command(kind, arguments),
         commit=arguments.commit,
         output=arguments.output,
         budget=arguments.budget,
         resume=arguments.resume,
+        gpus=_gpus(arguments.gpus) if isinstance(arguments, ModelsArguments) else (),
     )
+
+
+def _gpus(count: int) -> list[str]:
+    """The names of so many; of none where one is enough, or there are no others to be told from."""
+    from titans.benchmark.machine import visible_gpus
+
+    if count == 1:
+        return []
+    if len(gpus := visible_gpus()) < count:
+        raise UserError(f"--gpus {count}: PyTorch sees {len(gpus)} here")
+    return gpus[:count]
 
 
 def _command(kind: str, arguments: Arguments) -> str:

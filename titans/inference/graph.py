@@ -19,8 +19,9 @@ from titans.models.state import Leaf, leaves, map_leaves
 class StepGraph:
     """The model's step on buffers of its own: the token goes in, the state moves on where it lies.
 
-    For states whose shapes a step leaves as they are (`keeps_its_shape`): those of lmm always, of mag and mal
-    once the window is full, of mac never, whose segment grows. As many rows as the states have.
+    For states whose shapes a step leaves as they are (`keeps_its_shape`): those that `for_steps` makes, but
+    for full attention. Their rings are written where they lie, the rest is copied back. As many rows as the
+    states have.
     """
 
     def __init__(self, model: TitansForCausalLM, states: list[Any]) -> None:
@@ -61,10 +62,11 @@ class StepGraph:
         places = {buffer.untyped_storage().data_ptr() for buffer in buffers.values()}
         for name, leaf in after.items():
             # What a step hands on as it was, an anchor for one, would be overwritten while it is copied.
-            if leaf.untyped_storage().data_ptr() in places:
+            if leaf is not buffers[name] and leaf.untyped_storage().data_ptr() in places:
                 after[name] = leaf.clone()
         for name, buffer in buffers.items():
-            buffer.copy_(after[name])
+            if after[name] is not buffer:  # a ring has moved on where it lies
+                buffer.copy_(after[name])
         self._logits = out.logits[:, -1]
 
 

@@ -7,6 +7,7 @@ window and MAC's place in its segment are kept row by row, so nothing has to be 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from itertools import count
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from titans.inference.stream import Stream
 from titans.models import TitansCache, TitansForCausalLM
+from titans.models.state import for_steps, unrolled
 
 
 class Sessions:
@@ -92,6 +94,7 @@ class Sessions:
             return {}
         self._expect_tokens(torch.tensor(list(tokens.values())))
         self._gather(tokens)
+        self._make_rings()
         ids = torch.tensor([[tokens[session]] for session in self._rows], device=self.model.device)
         out = self.model(ids, past_key_values=self._batch, use_cache=True, logits_to_keep=1)
         for session in tokens:
@@ -129,8 +132,18 @@ class Sessions:
             del self._alone[session]
         self._alone |= leave
 
+    def _make_rings(self) -> None:
+        """Windows of the batch, a copy that nobody else has, are written in place.
+
+        A step that fails on the way leaves them as they were, in all that a row can see.
+        """
+        config = self.model.config
+        if min(self._seen[session] for session in self._rows) + 1 == config.window_size:
+            self._batch.states = unrolled(self._batch.states)  # the last one is full: no masks from here
+        self._batch.states = for_steps(self._batch.states, config)
+
     def _from_batch(self, sessions: Sequence[int]) -> TitansCache:
-        chosen = self._batch.detach()
+        chosen = copy(self._batch)
         chosen.batch_select_indices(torch.tensor([self._rows[session] for session in sessions]))
         return TitansCache.concatenate([chosen])  # a short row needs no columns of a long one
 

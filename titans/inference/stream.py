@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from titans.inference.graph import StepGraph, keeps_its_shape
 from titans.models import TitansCache, TitansForCausalLM
-from titans.models.state import compact, leaves
+from titans.models.state import compact, for_steps, leaves, unrolled
 from titans.nn import at_least_fp32
 
 # Tokens per forward pass. More fill a GPU; on a CPU they only take memory.
@@ -74,12 +74,16 @@ class Stream:
 
     @property
     def cache(self) -> TitansCache:
-        """The state, as the model takes it: the stream's own. `fork()` first to go on elsewhere."""
+        """The state, as the model takes it: the stream's own. `fork()` first to go on elsewhere.
+
+        Between steps it costs a copy of the state, and the next step another.
+        """
         if not isinstance(self._cache, TitansCache):
             raise ValueError(
                 f"expected a Titans model that has read something, got {type(self._cache).__name__}"
             )
         self._leave_graph()
+        self._cache.states = unrolled(self._cache.states)  # rings are nobody else's
         return self._cache
 
     @property
@@ -91,7 +95,8 @@ class Stream:
     def fork(self) -> Stream:
         """A stream that has read the same; what either reads from now on, the other does not.
 
-        It costs nothing: states are replaced, never changed, so the two share theirs until they read.
+        Behind `read` it costs nothing: states are replaced, never changed, so the two share theirs until they
+        read; rings, which steps change, are copied.
         """
         if not self.tokens_read:
             return Stream(self.model, piece=self.piece, graph=self._by_graph)
@@ -132,6 +137,7 @@ class Stream:
     def step(self, token: int | Tensor) -> Tensor:
         """Read one token, as when decoding; the logits `[V]` after it."""
         ids = torch.as_tensor(token, device=self.model.device).view(1)
+        self._make_rings()
         self.logits = self._graph_step(ids) if self._by_graph else self._plain_step(ids)
         self.tokens_read += 1
         return self.logits
@@ -148,13 +154,24 @@ class Stream:
             return self._graph.step(ids)[0]
         before = list(self._cache.states) if self._cache is not None else []
         logits = self._plain_step(ids)
-        after = self.cache.states
+        assert self._cache is not None
+        after = self._cache.states
         if keeps_its_shape(before, after):
             if self._graph is None or not self._graph.fits(after):
                 self._graph = StepGraph(self.model, after)
             self._graph.load(after)
             self._in_graph = True
         return logits
+
+    def _make_rings(self) -> None:
+        """Steps in place: the cache's states become the stream's alone."""
+        if not isinstance(self._cache, TitansCache):
+            return
+        if self.tokens_read + 1 == self.model.config.window_size:
+            self._leave_graph()
+            self._cache.states = unrolled(self._cache.states)  # full now: rings without masks
+        if not self._in_graph:
+            self._cache.states = for_steps(self._cache.states, self.model.config)
 
     def _leave_graph(self) -> None:
         """Bring the cache up to where the graph's steps have come."""

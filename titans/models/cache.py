@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
+from titans.models.state import unrolled
 from titans.nn import AttentionState, Prefix, Segment
-from titans.nn.attention import one_if_equal
+from titans.nn.attention_state import one_if_equal
 
 StateT = TypeVar("StateT", bound="MixerState")
 
 
 class MixerState(Protocol):
-    """A mixer's state: replaced, never changed in place."""
+    """A mixer's state: replaced, never changed in place, but for rings (`state.for_steps`)."""
 
     @property
     def batch(self) -> int: ...
@@ -95,9 +96,8 @@ class TitansCache(Cache):
                 f"caches must come from one model and have read something, got (variant, blocks): {kinds}"
             )
         joined = cls()
-        joined.states = [
-            concatenate_rows(states) for states in zip(*(cache.states for cache in caches), strict=True)
-        ]
+        blocks = zip(*(unrolled(cache.states) for cache in caches), strict=True)
+        joined.states = [concatenate_rows(states) for states in blocks]
         joined.seen, joined.variant = max(cache.seen for cache in caches), caches[0].variant
         return joined
 

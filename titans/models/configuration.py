@@ -52,6 +52,8 @@ class TitansConfig(PreTrainedConfig):
         see `MemorySpec`. None: on for depth >= 2.
     memory_momentum, memory_momentum_init, memory_gates_per_layer, memory_forget_gate, memory_step_gate,
         memory_step_init, memory_max_step: its gates, see `GateSpec`.
+    memory_gates_from: what the gates of "mag" see of a token: "token", it alone, as in the paper, or
+        "attention", what attention made of it and of the window before it, too, as those of "mac" do.
     memory_from_layer: blocks before this one mix by sliding attention alone ("mac", "mag", "mal"). What a
         gate knows of a token's context comes from below it: in the first block of "mag" and "mal" nothing.
     conv_size: width of the causal depthwise convolution after q, k and v.
@@ -92,6 +94,7 @@ class TitansConfig(PreTrainedConfig):
     memory_step_gate: str = "sigmoid"
     memory_step_init: float = 0.5
     memory_max_step: float | None = None
+    memory_gates_from: str = "token"
     memory_from_layer: int = 0
     conv_size: int = 4
     chunk_size: int = 16
@@ -188,6 +191,14 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(
                 f"window_size must be an integer for variant {self.variant!r}, got None: its attention "
                 "slides so that a stream needs constant memory"
+            )
+        if self.memory_gates_from not in ("token", "attention"):
+            raise ValueError(
+                f"memory_gates_from must be 'token' or 'attention', got {self.memory_gates_from!r}"
+            )
+        if self.memory_gates_from == "attention" and self.variant != "mag":
+            raise ValueError(
+                f"memory_gates_from must be 'token' for variant {self.variant!r}, got 'attention'"
             )
         if self.memory_from_layer and self.variant not in ("mac", "mag", "mal"):
             raise ValueError(

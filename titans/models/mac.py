@@ -28,6 +28,7 @@ from titans.nn import (
     Rows,
     Segment,
 )
+from titans.nn.context_attention import SegmentRing
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class MacState:
     memory: NeuralMemoryState
     frozen: tuple[Tensor, ...]
     context_tail: Tensor
-    segment: Segment
+    segment: Segment | SegmentRing
     prefix: Prefix | None
 
     @property
@@ -105,7 +106,9 @@ class MacMixer(nn.Module):
         """x `[B, T, C]`, or packed `[1, total, C]` with `rows`; the output has the shape of x."""
         if state is None:
             state = self.initial_state(x.shape[0] if rows is None else len(rows))
-        if rows is None and not isinstance(state.segment.offsets, int):
+        if isinstance(state.segment, SegmentRing) and (rows is not None or x.shape[1] != 1):
+            state = replace(state, segment=state.segment.unrolled())
+        if rows is None and isinstance(state.segment.offsets, tuple):
             # Full rows at different places of their segments: as a stream.
             stream = Rows((x.shape[1],) * x.shape[0], x.device)
             output, state = self.forward(x.flatten(0, 1)[None], state, stream)
@@ -114,6 +117,9 @@ class MacMixer(nn.Module):
         # What depends on x alone is computed for all segments at once.
         recall, context_tail = self.memory.project_query(x, state.context_tail, rows)
         queries, entries = self.attention.queries(x), self.attention.entries(x)
+        if isinstance(state.segment, SegmentRing) and not state.segment.ring.takes(entries):
+            state = replace(state, segment=state.segment.unrolled())
+            return self.forward(x, state, rows)
         attended, memories = [], []
         steps = _steps(x.shape[1], state.segment.offsets, rows, self.segment_size)
         for step in steps:
@@ -131,8 +137,12 @@ class MacMixer(nn.Module):
         h = self._recall(recall, state.frozen, rows)
         context = self.context_proj(self.context_norm(h).flatten(2))
         entries = torch.cat([entries, self.attention.entries(context)], dim=2)
-        segment = state.segment.append(entries, rows)
-        y = self.attention.attend(queries, segment, state.prefix, rows)
+        segment: Segment | SegmentRing
+        if isinstance(state.segment, SegmentRing):
+            y, segment = self.attention.step(queries, entries, state.segment)
+        else:
+            segment = state.segment.append(entries, rows)
+            y = self.attention.attend(queries, segment, state.prefix, rows)
 
         (q, k, v), memory = self.memory.project_write(y, state.memory, rows)
         m, memory = self.memory.write(q, k, v, self.memory.gates(y), memory, rows)
@@ -146,15 +156,19 @@ class MacMixer(nn.Module):
         return rows.pack(self.memory.read(rows.pad(recall), frozen))
 
     def _freeze(
-        self, frozen: tuple[Tensor, ...], weights: tuple[Tensor, ...], segment: Segment
+        self, frozen: tuple[Tensor, ...], weights: tuple[Tensor, ...], segment: Segment | SegmentRing
     ) -> tuple[Tensor, ...]:
         """The weights that the next tokens recall from: new ones in rows whose segment is complete."""
         if isinstance(segment.offsets, int):
             return weights if segment.offsets == self.segment_size else frozen
-        complete = [offset == self.segment_size for offset in segment.offsets]
-        if not any(complete):
-            return frozen
-        rows = torch.tensor(complete, device=frozen[0].device)[:, None, None, None]
+        if isinstance(segment, SegmentRing):  # the host does not know
+            complete = segment.offsets == self.segment_size
+        else:
+            of_rows = [offset == self.segment_size for offset in segment.offsets]
+            if not any(of_rows):
+                return frozen
+            complete = torch.tensor(of_rows, device=frozen[0].device)
+        rows = complete[:, None, None, None]
         return tuple(torch.where(rows, new, old) for new, old in zip(weights, frozen, strict=True))
 
 
@@ -171,8 +185,10 @@ class _Step:
         return x.index_select(1, torch.tensor(self.where, dtype=torch.long, device=x.device))
 
 
-def _steps(tokens: int, offsets: int | tuple[int, ...], rows: Rows | None, size: int) -> list[_Step]:
+def _steps(tokens: int, offsets: int | tuple[int, ...] | Tensor, rows: Rows | None, size: int) -> list[_Step]:
     """Cut the new tokens where their segments end; in every step each row takes what its segment holds."""
+    if isinstance(offsets, Tensor):  # a ring takes one token a row
+        return [_Step(slice(None), None)]
     if rows is None:
         assert isinstance(offsets, int)
         ends = [*range(size - offsets, tokens, size), tokens]

@@ -25,6 +25,7 @@ from titans.nn import (
     Rows,
     SlidingAttention,
 )
+from titans.nn.attention_ring import AttentionRing
 
 
 def persistent_tokens(config: TitansConfig) -> PersistentTokens | None:
@@ -80,8 +81,8 @@ class AttentionMixer(nn.Module):
         return self.attention.initial_state(batch, None if self.persistent is None else self.persistent())
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, rows: Rows | None = None
-    ) -> tuple[Tensor, AttentionState]:
+        self, x: Tensor, state: AttentionState | AttentionRing | None = None, rows: Rows | None = None
+    ) -> tuple[Tensor, AttentionState | AttentionRing]:
         if state is None:
             state = self.initial_state(x.shape[0] if rows is None else len(rows))
         return self.attention(x, state, rows)
@@ -89,10 +90,10 @@ class AttentionMixer(nn.Module):
 
 @dataclass(frozen=True)
 class HybridState:
-    """States of a memory and of an attention."""
+    """States of a memory and of an attention, the latter as a ring for steps in place."""
 
     memory: NeuralMemoryState
-    attention: AttentionState
+    attention: AttentionState | AttentionRing
 
     @property
     def batch(self) -> int:
@@ -112,12 +113,14 @@ class HybridState:
 class MagMixer(nn.Module):
     """Memory as gate (paper sec. 4.2, Eq. 26 to 28): attention and memory read the same x side by side.
 
-    `W_o[ norm_1(SWA(x)) * sigmoid(norm_2(m)) ]`, m what the memory recalls just after each token.
+    `W_o[ norm_1(SWA(x)) * sigmoid(norm_2(m)) ]`, m what the memory recalls just after each token. With
+    `memory_gates_from="attention"` its gates see `x + norm_1(SWA(x))`.
     """
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
         size = config.hidden_size
+        self.gates_see_attention = config.memory_gates_from == "attention"
         self.persistent = persistent_tokens(config)
         self.attention = sliding_attention(config)
         self.memory = MemoryCore(config.memory_spec)
@@ -134,9 +137,10 @@ class MagMixer(nn.Module):
         if state is None:
             state = self.initial_state(x.shape[0] if rows is None else len(rows))
         y, attention = self.attention(x, state.attention, rows)
-        m, memory = self.memory.retrieve(x, state.memory, rows)
+        y = self.attention_norm(y)
+        m, memory = self.memory.retrieve(x, state.memory, rows, x + y if self.gates_see_attention else None)
         gate = torch.sigmoid(self.memory_norm(m.flatten(2)))
-        return self.o_proj(self.attention_norm(y) * gate), HybridState(memory, attention)
+        return self.o_proj(y * gate), HybridState(memory, attention)
 
 
 class MalMixer(nn.Module):

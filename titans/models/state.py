@@ -6,9 +6,14 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from titans.nn import Prefix
+from titans.models.configuration import TitansConfig
+from titans.models.mac import MacState
+from titans.nn import AttentionState, Prefix, Segment
+from titans.nn.attention_ring import AttentionRing
+from titans.nn.context_attention import SegmentRing
 
 Leaf = Tensor | int
 
@@ -58,3 +63,47 @@ def compact(state: Any) -> Any:
         return leaf.contiguous().clone() if leaf.is_contiguous() else leaf.contiguous()
 
     return map_leaves(state, own)
+
+
+@torch.no_grad()
+def for_steps(states: list[Any], config: TitansConfig) -> list[Any]:
+    """The same states, windows and segments as rings, which steps of one token a row then write in place.
+
+    For who owns the states: rings must not be shared. They are copies, without gradients; what is a ring
+    already stays the one it is. Full attention has none: it keeps every token. `unrolled` is the way back.
+    """
+
+    def ring(part: Any) -> Any:
+        if isinstance(part, AttentionState) and config.window_size is not None:
+            return AttentionRing.of(part, config.window_size, config.rope_theta)
+        if isinstance(part, MacState) and isinstance(part.segment, Segment):
+            size, theta = config.segment_size, config.rope_theta
+            return replace(part, segment=SegmentRing.of(part.segment, part.prefix, size, theta))
+        return part
+
+    changed: list[Any] = _map_parts(states, ring)
+    return changed
+
+
+@torch.no_grad()
+def unrolled(states: list[Any]) -> list[Any]:
+    """The same states without rings: those are copied, everything else stays the object that it is."""
+
+    def state_of(part: Any) -> Any:
+        return part.unrolled() if isinstance(part, AttentionRing | SegmentRing) else part
+
+    changed: list[Any] = _map_parts(states, state_of)
+    return changed
+
+
+def _map_parts(state: Any, change: Callable[[Any], Any]) -> Any:
+    """Change the parts of nested states from the outside in; nothing is changed within what was replaced."""
+    if (changed := change(state)) is not state:
+        return changed
+    if state is None or isinstance(state, Tensor | int | Prefix):
+        return state
+    if isinstance(state, list | tuple):
+        return type(state)(_map_parts(part, change) for part in state)
+    parts = {field.name: _map_parts(getattr(state, field.name), change) for field in fields(state)}
+    same = all(getattr(state, name) is part for name, part in parts.items())
+    return state if same else replace(state, **parts)

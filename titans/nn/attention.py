@@ -9,64 +9,20 @@ D width of a head, C = H x D channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans.nn.attention_ring import AttentionRing
+from titans.nn.attention_state import AttentionState, Prefix, one_if_equal
 from titans.nn.rope import RotaryTable
 from titans.nn.rows import Rows
+
+__all__ = ["Attention", "AttentionState", "Prefix", "SlidingAttention"]
 
 # Queries of a block on a CPU, where a hidden score costs what a visible one does: two layers of width 256,
 # W = 512 took 130 us a token with 32 and with 64, 133 with 96, 140 with 128 (one core).
 CPU_BLOCK = 64
-
-
-class Prefix(NamedTuple):
-    """Keys and values of the persistent tokens, `[H, N, D]`, the same for every row."""
-
-    keys: Tensor
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class AttentionState:
-    """Unrotated keys and values of the last tokens, `[B, H, P, D]`, right-aligned.
-
-    counts: valid columns of each row, on the host; one number when all rows have P of them.
-    """
-
-    keys: Tensor
-    values: Tensor
-    prefix: Prefix | None
-    counts: int | tuple[int, ...]
-
-    @property
-    def device(self) -> torch.device:
-        return self.keys.device
-
-    @property
-    def batch(self) -> int:
-        return self.keys.shape[0]
-
-    @property
-    def row_counts(self) -> tuple[int, ...]:
-        """Valid columns of each row, also where all have as many."""
-        return (self.counts,) * self.batch if isinstance(self.counts, int) else self.counts
-
-    def select(self, rows: Tensor) -> AttentionState:
-        counts = self.counts
-        if not isinstance(counts, int):
-            counts = tuple(counts[row] for row in rows.tolist())
-        return AttentionState(
-            self.keys.index_select(0, rows), self.values.index_select(0, rows), self.prefix, counts
-        )
-
-    def detach(self) -> AttentionState:
-        prefix = None if self.prefix is None else Prefix(*(part.detach() for part in self.prefix))
-        return AttentionState(self.keys.detach(), self.values.detach(), prefix, self.counts)
 
 
 class Attention(nn.Module):
@@ -186,15 +142,24 @@ class SlidingAttention(Attention):
         return AttentionState(nothing, nothing, self.prefix(persistent), 0)
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, rows: Rows | None = None
-    ) -> tuple[Tensor, AttentionState]:
-        """x `[B, T, C]`, or packed `[1, total, C]` with `rows`; the output has the shape of x."""
+        self, x: Tensor, state: AttentionState | AttentionRing | None = None, rows: Rows | None = None
+    ) -> tuple[Tensor, AttentionState | AttentionRing]:
+        """x `[B, T, C]`, or packed `[1, total, C]` with `rows`; the output has the shape of x.
+
+        A ring moves on in place by one token a row; in every other case a state comes back.
+        """
         if state is None:
             state = self.initial_state(x.shape[0] if rows is None else len(rows))
         projected = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if rows is not None:
             projected = [rows.pad(stream) for stream in projected]
         q, k, v = (self.split(stream) for stream in projected)
+        if isinstance(state, AttentionRing):
+            assert state.ring.size == self.window, f"a ring of {state.ring.size}, a window of {self.window}"
+            if rows is None and q.shape[2] == 1 and state.ring.takes(k):
+                output, ring = state.step(q, k, v, self.rope_theta)
+                return self.o_proj(self.merge(output)), ring
+            state = state.unrolled()
         past, tokens = state.keys.shape[2], q.shape[2]
         keys = torch.cat([state.keys.to(k.dtype), k], dim=2)
         values = torch.cat([state.values.to(v.dtype), v], dim=2)
@@ -317,8 +282,3 @@ class SlidingAttention(Attention):
 def _blocks(x: Tensor, size: int, step: int) -> Tensor:
     """`[B, H, T, D]` -> `[B x blocks, H, size, D]`, one from every `step`-th token on; a view for B = 1."""
     return x.unfold(2, size, step).permute(0, 2, 1, 4, 3).flatten(0, 1)
-
-
-def one_if_equal(counts: int | tuple[int, ...]) -> int | tuple[int, ...]:
-    """One number when all rows agree: then no column is masked and the masks can be left out."""
-    return counts[0] if isinstance(counts, tuple) and len(set(counts)) == 1 else counts

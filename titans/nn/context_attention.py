@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans.nn.attention import Attention, Prefix, one_if_equal
+from titans.nn.attention import Attention
+from titans.nn.attention_ring import Ring
+from titans.nn.attention_state import Prefix, one_if_equal
 from titans.nn.rows import Rows
 
 
@@ -66,6 +68,65 @@ class Segment:
         return (self.offsets,) * batch if isinstance(self.offsets, int) else self.offsets
 
 
+@dataclass(frozen=True)
+class SegmentRing:
+    """A `Segment` as a ring, for steps in place (`attention_ring.py`); a token takes the columns of h and x.
+
+    offsets: int64 `[B]` on the device: no step waits for the host, and a CUDA graph's replay moves them on.
+    A row whose segment is complete starts over at 0; its columns are overwritten when their turn comes.
+    """
+
+    ring: Ring
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, segment: Segment, prefix: Prefix | None, size: int, theta: float) -> SegmentRing:
+        """A copy; gradients end here."""
+        segment = segment.detach()
+        batch, width = segment.entries.shape[:2]
+        offsets = torch.tensor(segment.offsets_of(batch), device=segment.entries.device)
+        # The ring has every row's next token in one column: shorter rows move to the right.
+        columns = torch.arange(width, device=offsets.device) - (width - offsets[:, None])
+        k_x, v_x, k_h, v_h = _columns(segment.entries, columns.clamp(min=0)).permute(2, 0, 3, 1, 4)
+        if prefix is not None:
+            prefix = Prefix(*(part.detach() for part in prefix))
+        ring = Ring.of(torch.stack([k_h, k_x], 2), torch.stack([v_h, v_x], 2), prefix, size, theta)
+        return cls(ring, offsets)
+
+    def step(self, q: Tensor, entries: Tensor, theta: float) -> tuple[Tensor, SegmentRing]:
+        """q `[B, 1, H, D]`, entries `[B, 1, 4, H, D]`: what q sees, `[B, H, 1, D]`, and the ring after it."""
+        k_x, v_x, k_h, v_h = entries[:, 0].unbind(1)
+        k, v = torch.stack([k_h, k_x], dim=2), torch.stack([v_h, v_x], dim=2)
+        output, ring = self.ring.step(q.transpose(1, 2), k, v, theta, self.offsets)
+        return output, SegmentRing(ring, self.offsets + 1)
+
+    def close(self, size: int) -> SegmentRing:
+        """Rows whose segment is complete start over."""
+        return SegmentRing(self.ring, self.offsets % size)
+
+    def unrolled(self) -> Segment:
+        """A copy in the order of the tokens. Waits for the device."""
+        offsets = tuple(self.offsets.tolist())
+        width = max(offsets)
+        keys, values = self.ring.last(width)  # `[B, H, L, S, D]`, right-aligned
+        (k_h, k_x), (v_h, v_x) = keys.unbind(2), values.unbind(2)
+        entries = torch.stack([k_x, v_x, k_h, v_h], dim=1).permute(0, 3, 1, 2, 4)
+        columns = torch.arange(width, device=entries.device) + (width - self.offsets[:, None])
+        return Segment(_columns(entries, columns.clamp(max=width - 1)), one_if_equal(offsets))
+
+    def select(self, rows: Tensor) -> Segment:
+        return SegmentRing(self.ring.select(rows), self.offsets.index_select(0, rows)).unrolled()
+
+    def detach(self) -> Segment:
+        """Not the ring itself, which one owner has."""
+        return self.unrolled()
+
+
+def _columns(entries: Tensor, columns_BS: Tensor) -> Tensor:
+    """entries `[B, S, 4, H, D]` at these columns of each row."""
+    return entries.gather(1, columns_BS[:, :, None, None, None].expand(-1, -1, *entries.shape[2:]))
+
+
 class ContextAttention(Attention):
     """Causal attention over `[prefix, h, x]` of one segment; only tokens x ask."""
 
@@ -83,6 +144,11 @@ class ContextAttention(Attention):
 
     def _heads_last(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (self.heads, self.head_dim))
+
+    def step(self, q: Tensor, entries: Tensor, segment: SegmentRing) -> tuple[Tensor, SegmentRing]:
+        """`append` and `attend` for one token a row, in place: `[B, 1, C]`."""
+        output, segment = segment.step(q, entries, self.rope_theta)
+        return self.o_proj(self.merge(output)), segment
 
     def attend(self, q: Tensor, segment: Segment, prefix: Prefix | None, rows: Rows | None) -> Tensor:
         """q `[B, T, H, D]` (or packed), the last tokens of `segment`; returns `[B, T, C]` (or packed)."""

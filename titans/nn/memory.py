@@ -192,16 +192,21 @@ class MemoryCore(nn.Module):
         )
 
     def retrieve(
-        self, x: Tensor, state: NeuralMemoryState | None = None, rows: Rows | None = None
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None = None,
+        rows: Rows | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
         """Write x `[B, T, C]` and read just after every token: `[B, T, H, D]`, and the new state.
 
-        With `rows`, x is packed `[1, total, C]` and the state has one row for each of them.
+        With `rows`, x is packed `[1, total, C]` and the state has one row for each of them. context: what the
+        gates see in place of x.
         """
         if state is None:
             state = self.initial_state(x.shape[0] if rows is None else len(rows))
         (q, k, v), state = self.project_write(x, state, rows)
-        return self.write(q, k, v, self.gates(x), state, rows)
+        return self.write(q, k, v, self.gates(x if context is None else context), state, rows)
 
     def project_query(self, x: Tensor, tail: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
         """Queries `[B, T, H, D]` of unit length and the convolution's new tail."""

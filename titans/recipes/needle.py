@@ -78,13 +78,18 @@ def needle_lmm_f256() -> Recipe:
 
 
 def needle_mag() -> Recipe:
-    """Memory as a gate on attention with a window of 256; the first block has attention alone."""
-    return _with_model(needle_lmm(), **_hybrid("mag"))
+    """Memory as a gate on attention with a window of 256, by which its gates know what a token is part of."""
+    return _with_model(needle_lmm(), **_hybrid("mag"), memory_gates_from="attention")
 
 
-def needle_mag_every_layer() -> Recipe:
-    """The same with a memory in the first block, too, whose gates see nothing but the token."""
-    return _with_model(needle_mag(), memory_from_layer=0, intermediate_size=416)
+def needle_mag_token() -> Recipe:
+    """The same with gates that see the token alone, as in the paper: in the first block all digits are alike."""
+    return _with_model(needle_mag(), memory_gates_from="token")
+
+
+def needle_mag_late() -> Recipe:
+    """That with a first block of attention alone."""
+    return _with_model(needle_mag_token(), memory_from_layer=1, intermediate_size=544)
 
 
 def needle_mag_c16() -> Recipe:
@@ -94,7 +99,7 @@ def needle_mag_c16() -> Recipe:
 
 def needle_mag_f256() -> Recipe:
     """needle_mag with a memory of expansion 4."""
-    return _with_model(needle_mag(), memory_expansion=4, intermediate_size=464)
+    return _with_model(needle_mag(), memory_expansion=4, intermediate_size=288)
 
 
 def needle_mag_f256_second() -> Recipe:
@@ -118,13 +123,18 @@ def needle_mag_f256_third() -> Recipe:
 
 
 def needle_mal() -> Recipe:
-    """Memory as a layer below attention with a window of 256; the first block has attention alone."""
+    """Memory as a layer below attention with a window of 256."""
     return _with_model(needle_lmm(), **_hybrid("mal"))
 
 
 def needle_mac() -> Recipe:
     """Memory as context, segments of 256: its gates see what attention made of a token, in every block."""
     return _with_model(needle_lmm(), **_hybrid("mac"))
+
+
+def needle_mac_f256() -> Recipe:
+    """The same with a memory of expansion 4."""
+    return _with_model(needle_mac(), memory_expansion=4, intermediate_size=200)
 
 
 def needle_attention() -> Recipe:
@@ -138,14 +148,8 @@ def needle_sliding() -> Recipe:
 
 
 def _hybrid(variant: str) -> dict[str, object]:
-    width = {"mag": 544, "mal": 488, "mac": 328}[variant]
-    return {
-        "variant": variant,
-        "window_size": WINDOW,
-        "segment_size": WINDOW,
-        "intermediate_size": width,
-        "memory_from_layer": int(variant != "mac"),
-    }
+    width = {"mag": 416, "mal": 328, "mac": 328}[variant]
+    return {"variant": variant, "window_size": WINDOW, "segment_size": WINDOW, "intermediate_size": width}
 
 
 def _with_model(recipe: Recipe, **changes: object) -> Recipe:

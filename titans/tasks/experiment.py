@@ -123,8 +123,9 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
 def seconds_a_step(recipe: Recipe, out: Path, seconds: float) -> float:
     """Of the recipe's training on this machine as it is now, by a short one that is thrown away.
 
-    All lengths are drawn from the start, as they are later; the second half of what was done in ``seconds``
-    counts, when others that started beside it have compiled their kernels, too.
+    All lengths are drawn from the start, as they are later; what was done in the last third of ``seconds``
+    counts, when others that started beside it have compiled their kernels, too: of mac's seconds a step over
+    the second half of the steps, seven eighths were compilation.
     """
     short = with_steps(recipe, PROBE_STEPS)
     short = replace(short, training=replace(short.training, eval_every=PROBE_STEPS, save_every=PROBE_STEPS))
@@ -141,7 +142,11 @@ def seconds_a_step(recipe: Recipe, out: Path, seconds: float) -> float:
         (now - before) / record["tokens_per_second"]
         for before, now, record in zip(seen, seen[1:], log, strict=False)
     ]
-    return statistics.mean(times[len(times) // 2 :])
+    late, left = [], sum(times) / 3
+    while times and left > 0:
+        late.append(times.pop())
+        left -= late[-1]
+    return statistics.median(late)
 
 
 def needle_rows(

@@ -64,6 +64,8 @@ class ModelSettings:
     """Share of the largest step that an untrained gate takes."""
     memory_max_step: float | None = None
     """Bound on the inner step over time."""
+    memory_gates_from: str | None = None
+    """What the gates of mag see: token, or attention: what attention made of it, too."""
     memory_from_layer: int | None = None
     """Blocks before this one have sliding attention alone (mac, mag, mal)."""
     conv_size: int | None = None
