@@ -1,8 +1,10 @@
-"""Needles far beyond the training length: small models trained for minutes, then tested at up to 2M tokens.
+"""Recall far beyond the training length: small models trained for minutes, then tested at millions of tokens.
 
     python benchmarks/recall.py --recipes needle_lmm needle_mag --seeds 0 1 --seconds 240 \
         --train runs/recall/train.npz --test runs/recall/test.npz --llama-tokenizer tokenizer.model
-    python benchmarks/recall.py --recipes mqar_lmm --steps 1000
+    python benchmarks/recall.py --recipes babilong_mag --steps 800 --start needle_mag-0.safetensors \
+        --babi runs/recall/babi.tar.xz --lengths 1024 16384 1048576 10485760 ...
+    python benchmarks/recall.py --recipes 'mqar_*' --steps 1000
 
 Every (recipe, seed) is a process of its own that trains, then tests; so many run side by side on every
 visible GPU (or on the CPU). Samples of the tests, of the published form and from other books than the
@@ -14,6 +16,7 @@ The haystacks are made by `titans haystack`; lengths are in Llama-2 tokens, the 
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import multiprocessing
 import os
@@ -37,11 +40,12 @@ SHORT = 16384
 
 @dataclass(frozen=True)
 class Options:
-    """recipes, seeds: every pair is trained. train, test: haystacks. llama_tokenizer: SentencePiece model by
-    which lengths are told. start: weights that --save has written, to go on from (of the one recipe and seed,
-    with other steps). seconds: of each training, start included; steps: instead. tasks, lengths,
-    samples: of the tests, the samples for each task and length; short_samples: of those of at most 16K
-    tokens. rows: of them at once (None: all).
+    """recipes, seeds: every pair is trained; "mqar_*" are all recipes of such names. train, test: haystacks.
+    babi: bAbI's archive, for BABILong. llama_tokenizer: SentencePiece model by which lengths are told. start:
+    weights that --save has written, to go on from (of the same model), or the folder with those of each
+    recipe and seed. seconds: of each training, start included; steps: instead; 0 steps: test the start as it
+    is. tasks, lengths, samples: of the tests, the samples for each task and length, the tasks by default the
+    recipe's own; short_samples: of those of at most 16K tokens. rows: of them at once (None: all).
     attention_length: longest test of full attention. token_lengths: of MQAR's tests.
     evaluation_seconds: for each model's tests, after which nothing more is begun. jobs_per_gpu: processes.
     workers: that read data, for each process. tokens_per_batch, train_lengths: other than the recipe's.
@@ -53,17 +57,18 @@ class Options:
     seeds: tuple[int, ...] = (0,)
     train: Path = Path("runs/recall/train.npz")
     test: Path = Path("runs/recall/test.npz")
+    babi: Path = Path("runs/recall/babi.tar.xz")
     llama_tokenizer: Path = Path("llama2_tokenizer.model")
     start: Path | None = None
     seconds: float | None = None
     steps: int | None = None
-    tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_single_3")
+    tasks: tuple[str, ...] = ()
     lengths: tuple[int, ...] = LENGTHS
     samples: int = 16
     short_samples: int = 48
     rows: int | None = None
     attention_length: int = 65536
-    token_lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 16384, 65536)
+    token_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096, 16384, 65536)
     evaluation_seconds: float = 600.0
     jobs_per_gpu: int = 1
     workers: int = 4
@@ -84,6 +89,25 @@ def test_path(options: Options, task: str, length: int) -> Path:
     return options.work / f"{task}-{length}.npz"
 
 
+def run_path(folder: Path, name: str, seed: int, suffix: str) -> Path:
+    """A file of one run; the name may be that of a recipe in a file."""
+    return folder / f"{Path(name).name}-{seed}{suffix}"
+
+
+def named(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """The recipes' names, those with a "*" replaced by all that are meant."""
+    from titans.recipes import RECIPES
+
+    return tuple(name for each in patterns for name in (fnmatch.filter(RECIPES, each) or [each]))
+
+
+def task_settings(recipe: Any) -> Any:
+    from titans.tasks.settings import TaskSettings
+
+    assert isinstance(recipe.data, TaskSettings), "expected recipes on tasks"
+    return recipe.data
+
+
 # The process of one run
 
 
@@ -93,13 +117,22 @@ def run(options: Options, name: str, seed: int, rows_path: Path) -> None:
     from rich.console import Console
 
     from titans.recipes import load_recipe
-    from titans.tasks.experiment import needle_rows, save_weights, token_rows, train_model, with_steps
-    from titans.tasks.settings import TaskSettings
+    from titans.tasks.experiment import (
+        needle_rows,
+        save_weights,
+        token_rows,
+        train_model,
+        untrained,
+        with_steps,
+    )
 
     torch.set_num_threads(options.threads)
     recipe = load_recipe(name)
-    assert isinstance(recipe.data, TaskSettings), f"{name}: expected a recipe on tasks"
-    data = recipe.data if recipe.data.of_tokens else replace(recipe.data, haystack=options.train)
+    data = task_settings(recipe)
+    if not data.of_tokens:
+        data = replace(data, haystack=options.train)
+    if data.of_babi:
+        data = replace(data, babi=options.babi)
     if options.tokens_per_batch:
         data = replace(data, tokens_per_batch=options.tokens_per_batch)
     if options.train_lengths:
@@ -117,16 +150,19 @@ def run(options: Options, name: str, seed: int, rows_path: Path) -> None:
         with rows_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"model": name, "seed": seed} | row) + "\n")
 
-    trained = train_model(
-        recipe,
-        seconds=None if options.steps else options.seconds,
-        start=options.start,
-        console=Console(file=sys.stderr),
-    )
+    start = options.start
+    if start is not None and start.is_dir():
+        start = run_path(start, name, seed, ".safetensors")
+    if options.steps == 0:
+        assert start is not None, "checked by main"
+        trained = untrained(recipe, start)
+    else:
+        console = Console(file=sys.stderr)
+        trained = train_model(recipe, seconds=options.seconds, start=start, console=console)
     say({"kind": "training"} | trained.row)
     if options.save is not None:
         dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
-        save_weights(trained.model, options.save / f"{name}-{seed}.safetensors", dtype)
+        save_weights(trained.model, run_path(options.save, name, seed, ".safetensors"), dtype)
     until = time.monotonic() + options.evaluation_seconds
     if data.of_tokens:
         for row in token_rows(trained.model, data, options.token_lengths, samples=64, seed=10**6 + seed):
@@ -136,7 +172,7 @@ def run(options: Options, name: str, seed: int, rows_path: Path) -> None:
     paths = [
         test_path(options, task, length)
         for length in options.lengths
-        for task in options.tasks
+        for task in options.tasks or data.tasks
         if not full or length <= options.attention_length
     ]
     for row in needle_rows(trained.model, paths, rows=options.rows, until=until):
@@ -161,13 +197,12 @@ def _haystack(path: Path, llama_tokenizer: Path) -> tuple[Any, Any]:
 
 
 def make_samples(options: Options, task: str, length: int) -> None:
-    from titans.evaluation.needle import TASKS
     from titans.tasks.needle_test import make_test
 
     haystack, count = _haystack(options.test, options.llama_tokenizer)
     path = test_path(options, task, length)
     number = options.samples if length > SHORT else options.short_samples
-    make_test(TASKS[task], length, number, haystack, count, seed=0).save(path)
+    make_test(task, length, number, haystack, count, seed=0, babi=options.babi).save(path)
 
 
 # The whole
@@ -176,15 +211,19 @@ def make_samples(options: Options, task: str, length: int) -> None:
 def main(options: Options) -> None:
     if (options.seconds is None) == (options.steps is None):
         sys.exit("expected either --seconds or --steps")
+    if options.steps == 0 and options.start is None:
+        sys.exit("--steps 0: expected --start, weights to test")
     import torch
 
     from titans.recipes import load_recipe
 
+    options = replace(options, recipes=named(options.recipes))
     options.work.mkdir(parents=True, exist_ok=True)
     gpus = torch.cuda.device_count()
     slots = [str(gpu) for gpu in range(gpus)] * options.jobs_per_gpu or [""] * options.jobs_per_gpu
     waiting = [(name, seed) for seed in options.seeds for name in options.recipes]
-    needles = any(not getattr(load_recipe(name).data, "of_tokens", False) for name in options.recipes)
+    of_text = [data for name in options.recipes if not (data := task_settings(load_recipe(name))).of_tokens]
+    tasks = dict.fromkeys(task for data in of_text for task in options.tasks or data.tasks)
     plain = json.loads(json.dumps(asdict(options), default=str))
     session = Session(
         options.out,
@@ -213,18 +252,17 @@ def main(options: Options) -> None:
     # Not forked: PyTorch has threads here.
     pool = ProcessPoolExecutor(options.sample_jobs, mp_context=multiprocessing.get_context("spawn"))
     try:
-        if needles:
-            made = [
-                pool.submit(make_samples, options, task, length)
-                for length in options.lengths
-                for task in options.tasks
-                if not test_path(options, task, length).exists()
-            ]
+        made = [
+            pool.submit(make_samples, options, task, length)
+            for length in options.lengths
+            for task in tasks
+            if not test_path(options, task, length).exists()
+        ]
         while waiting or running:
             while waiting and slots:
                 name, seed = waiting.pop(0)
                 gpu = slots.pop(0)
-                path = options.work / f"{name}-{seed}.jsonl"
+                path = run_path(options.work, name, seed, ".jsonl")
                 path.unlink(missing_ok=True)
                 read[path] = 0
                 order = json.dumps([plain, name, seed, str(path)])
@@ -256,9 +294,8 @@ def main(options: Options) -> None:
                     session.rows.append({"kind": "failed", "run": title, "error": "\n".join(said[-5:])})
                     session.save()
                 print(f"ended {title}: exit code {process.returncode}", flush=True)
-        if needles:
-            for future in made:
-                future.result()  # its error, if there was one
+        for future in made:
+            future.result()  # its error, if there was one
     finally:
         for process in running:
             process.terminate()
@@ -298,6 +335,7 @@ def _options(plain: dict[str, Any]) -> Options:
         "start": Path,
         "train": Path,
         "test": Path,
+        "babi": Path,
         "llama_tokenizer": Path,
         "work": Path,
         "output": Path,

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from report_recall import needles, plot_needles
+from report_recall import ablations, babilong, mqar, needles
+from report_recall_plots import plot_babilong, plot_mqar, plot_needles
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE, IMAGES = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "docs" / "images"
@@ -125,13 +127,55 @@ def stability(record: dict[str, Any]) -> str:
     title = {
         "stability": "## Does the recipe train?",
         "stability_matrix": "## The bound on the inner step",
+        "stability_gpu": "## Every variant, depth, chunk and precision",
     }[record["name"]]
     length = record["options"].get("sequence_length", 256)
     about = (
         "Tiny size, bytes of CPython's documentation, AdamW at 2e-3 with cosine, two sequences of "
         f"{length} bytes a step, gradients clipped to 1 (norms are those before clipping).\n"
     )
+    if record["name"] == "stability_gpu":
+        about += endings(record["rows"])
     return "\n".join([title + "\n", about, table(header, rows)])
+
+
+def endings(rows: list[dict[str, Any]]) -> str:
+    """Of a matrix: how its rows ended, on which cards, and their commits where they are not one."""
+    counted = Counter(row["ending"] for row in rows)
+    said = "; ".join(f"{count} {ending}" for ending, count in counted.items())
+    devices = ", ".join(sorted({row["device"] for row in rows if "device" in row}))
+    commits = sorted({row["commit"] for row in rows})
+    each = f", rows of commits {', '.join(commits)}" if len(commits) > 1 else ""
+    return f"Of {len(rows)} rows: {said} ({devices}{each}).\n"
+
+
+def plot_stability(record: dict[str, Any], figure: Any) -> None:
+    """Norms over steps, the gradient's and the memory's, a column for each depth."""
+    rows = [(row, row["recipe"]["model"]) for row in record["rows"] if row.get("grad_norm")]
+    depths = sorted({model["memory_depth"] for _, model in rows})
+    colours = {name: f"C{number}" for number, name in enumerate(("lmm", "mag", "mal", "mac"))}
+    figure.set_size_inches(3 * len(depths) + 2, 6)
+    panels = figure.subplots(2, len(depths), sharex=True, sharey="row", squeeze=False)
+    for row, model in rows:
+        column = depths.index(model["memory_depth"])
+        style = {
+            "color": colours[model["variant"]],
+            "linestyle": "-" if row["recipe"]["training"]["precision"] == "bf16" else ":",
+            "linewidth": 0.8 if model["chunk_size"] == 16 else 1.6,
+        }
+        shown = (row["grad_norm"], row["memory"]["weight_norm"])
+        for axes, values in zip(panels[:, column], shown, strict=True):
+            axes.plot(*zip(*values, strict=True), **style)
+    for depth, (above, below) in zip(depths, panels.T, strict=True):
+        above.set(title=f"depth {depth}", yscale="log")
+        below.set(xlabel="steps", yscale="log")
+    panels[0, 0].set_ylabel("gradient's norm, largest of a stretch")
+    panels[1, 0].set_ylabel("norm of the memory's weights")
+    for name, colour in colours.items():
+        panels[0, -1].plot([], color=colour, label=name)
+    panels[0, -1].legend(fontsize="small", title="dotted: fp32\nthin: chunk 16", title_fontsize="small")
+    for axes in panels.flat:
+        axes.grid(True, alpha=0.3)
 
 
 def initial_values(record: dict[str, Any]) -> str:
@@ -238,8 +282,8 @@ def models_on_a_gpu(record: dict[str, Any], earlier: bool = False) -> str:
         rows.append([name, *(_speed(by_length.get(length)) for length in lengths)])
         for length, entry in by_length.items():
             facts, said = entry["facts"], [verdicts(entry, "at least")]
-            if "compiler_error" in facts:
-                said.append(f"not compiled: {facts['compiler_error']}")
+            if not facts.get("compiled", True):
+                said.append(f"not compiled: {facts.get('compiler_error', 'that took too long')}")
             if facts.get("graph_breaks"):
                 said.append(f"a block compiled in {facts['graphs']} graphs")
             if said := list(filter(None, said)):
@@ -339,6 +383,9 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recall_third.json": lambda record: needles(record, table, "Needles, a third leg"),
     "recall_first.json": lambda record: needles(record, table, "Needles, an earlier run"),
     "recall_twin.json": lambda record: needles(record, table, "Needles without a memory"),
+    "babilong.json": lambda record: babilong(record, table),
+    "mqar.json": lambda record: mqar(record, table),
+    "ablations.json": lambda record: ablations(record, table),
     "ops_gpu.json": ops_on_a_gpu,
     "models_gpu.json": models_on_a_gpu,
     "models_gpu_first.json": lambda record: models_on_a_gpu(record, earlier=True),
@@ -346,6 +393,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ops_cpu.json": memory_on_a_cpu,
     "stream_gpu.json": streams,
     "stream_cpu.json": streams,
+    "stability_gpu.json": stability,
     "stability.json": stability,
     "initial_values.json": initial_values,
     "stability_matrix.json": stability,
@@ -355,19 +403,40 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 # A plot of the same name in docs/images/: what it shows, and who draws it.
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Any], None]]] = {
     "ops_gpu.json": ("Time over Gated DeltaNet's by shape", plot_ops),
+    "models_gpu.json": ("Tokens/s by length", plot_models),
+    "stability_gpu.json": ("Norms over 2,000 steps", plot_stability),
     "models_gpu_first.json": ("Tokens/s by length, an earlier run", plot_models),
     "recall.json": ("Needles far beyond the training length", plot_needles),
     "recall_first.json": ("Needles, an earlier run", plot_needles),
+    "babilong.json": ("BABILong", plot_babilong),
+    "mqar.json": ("MQAR by length and number of pairs", plot_mqar),
 }
 
 
 def results() -> dict[str, dict[str, Any]]:
-    """What has been measured, in the page's order."""
-    return {
-        file: json.loads((RESULTS / file).read_text(encoding="utf-8"))
-        for file in SECTIONS
-        if (RESULTS / file).exists()
-    }
+    """What has been measured, in the page's order. Rows of "mqar_part*.json" count as mqar.json's: a run of
+    many trainings may be made in parts."""
+    found = {}
+    for file in SECTIONS:
+        if (RESULTS / file).exists():
+            record, *parts = map(_read, [RESULTS / file, *_parts(file)])
+            record["origins"] = [
+                origin(record, file),
+                *(origin(part, path.name) for part, path in zip(parts, _parts(file), strict=True)),
+            ]
+            for part in parts:
+                record["rows"] += part["rows"]
+            found[file] = record
+    return found
+
+
+def _parts(file: str) -> list[Path]:
+    return sorted(RESULTS.glob(f"{Path(file).stem}_part*.json"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 def page(records: dict[str, dict[str, Any]]) -> str:
@@ -376,7 +445,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
         parts.append(SECTIONS[file](record) + "\n")
         if file in PLOTS:
             parts.append(f"![{PLOTS[file][0]}](images/{image_of(file).name})\n")
-        parts.append(origin(record, file) + "\n")
+        parts.append("\n\n".join(record["origins"]) + "\n")
     return "\n".join(parts)
 
 

@@ -1,92 +1,169 @@
-"""The needle tests on the page of results: shares by length, and the picture by length and depth."""
+"""The recall tests on the page of results: needles, BABILong, MQAR's grid and the ablations."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-TASKS = {"niah_single_1": "PK", "niah_single_2": "N", "niah_single_3": "W"}
+NEEDLES = {"niah_single_1": "PK", "niah_single_2": "N", "niah_single_3": "W"}
+BABILONG = {f"babilong_qa{number}": f"qa{number}" for number in range(1, 6)}
 # Table 2 of the paper (arXiv v1), 16K tokens: 760M parameters, 30 billion tokens of training.
 PAPER = {"PK": 0.984, "N": 0.974, "W": 0.952}
 
 Row = dict[str, Any]
+BySeed = dict[int, float]
+Table = Callable[[list[str], list[list[str]]], str]
 
 
-def shares(rows: list[Row]) -> dict[tuple[str, str, int], dict[int, float]]:
-    """(model, task, length) -> seed -> share of the samples answered, all depths together."""
-    counts: dict[tuple[str, str, int, int], list[int]] = defaultdict(lambda: [0, 0])
+def shares(rows: list[Row], key: Callable[[Row], Hashable]) -> dict[Any, BySeed]:
+    """Key of a test -> seed -> share of its samples answered (of the tokens asked for, in MQAR)."""
+    counts: dict[Hashable, dict[int, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for row in rows:
-        if row.get("kind") == "test" and row.get("task") in TASKS and "error" not in row:
-            count = counts[row["model"], row["task"], row["length"], row["seed"]]
-            count[0] += row["correct"]
-            count[1] += row["samples"]
-    found: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
-    for (model, task, length, seed), (correct, samples) in counts.items():
-        found[model, task, length][seed] = correct / samples
-    return found
+        if row.get("kind") == "test" and "error" not in row:
+            count = counts[key(row)][row["seed"]]
+            count[0] += row.get("correct", row["tokens_correct"])
+            count[1] += row["samples"] if "correct" in row else row["tokens_asked"]
+    return {
+        each: {seed: correct / asked for seed, (correct, asked) in by_seed.items()}
+        for each, by_seed in counts.items()
+    }
 
 
-def needles(record: Row, table: Callable[[list[str], list[list[str]]], str], title: str) -> str:
+def needles(record: Row, table: Table, title: str) -> str:
     """The section: how the models were trained, and what they answer at which length."""
-    rows = record["rows"]
-    trained = [row for row in rows if row.get("kind") == "training"]
-    parts = [
-        f"## {title}\n",
+    about = (
         "RULER's single needles (S-NIAH-PK, -N and -W of the paper) in held-out books, lengths in Llama-2 "
-        "tokens; trained on rows of at most "
-        f"{max((max(row['recipe']['data']['lengths']) for row in trained), default=0):,} tokens of other "
-        "books. Percent of the samples whose answer is exactly what greedy decoding begins with; with "
-        "several seeds their mean and, in brackets, the lowest and the highest.\n",
-        _trainings(trained, table),
-        "",
-        _answers(rows, table),
-        "\nThe paper's Titans (MAC), 760M parameters, at 16K: "
-        + ", ".join(f"{task} {share:.1%}" for task, share in PAPER.items())
-        + ". Its models are trained on text; these on needles alone.\n",
+        f"tokens; trained on rows of at most {longest(record)} tokens of other books. {_PERCENT}"
+    )
+    paper = ", ".join(f"{task} {share:.1%}" for task, share in PAPER.items())
+    return "\n".join(
+        [
+            *_head(title, about, record, table),
+            _answers(record["rows"], NEEDLES, table),
+            f"\nThe paper's Titans (MAC), 760M parameters, at 16K: {paper}. Its models are trained on text; "
+            "these on needles alone.\n",
+        ]
+    )
+
+
+def babilong(record: Row, table: Table) -> str:
+    about = (
+        "bAbI's test stories in held-out books, lengths in Llama-2 tokens; trained on the train stories in "
+        f"rows of at most {longest(record)} tokens of other books. {_PERCENT}"
+    )
+    return "\n".join(
+        [
+            *_head("BABILong", about, record, table),
+            _answers(record["rows"], BABILONG, table),
+            "\nThe paper's fine-tuned MAC: 94 % at 1M, 69 % at 10M.\n",
+        ]
+    )
+
+
+def mqar(record: Row, table: Table) -> str:
+    """A line for each model and number of pairs."""
+    about = (
+        "Pairs of random tokens, then noise in which each key comes once more (Zoology): percent of the "
+        f"values that are the likeliest token, by the tokens of a row; trained on at most {longest(record)}, "
+        f"every number of pairs in the same run. {_SEEDS}"
+    )
+    found = shares(record["rows"], lambda row: (row["model"], row["pairs"], row["length"]))
+    lengths = sorted({length for _, _, length in found})
+    lines = [
+        [short_name(model), str(pairs), *(cell(found.get((model, pairs, length))) for length in lengths)]
+        for model, pairs in dict.fromkeys((model, pairs) for model, pairs, _ in found)
     ]
-    return "\n".join(parts)
+    header = ["model", "pairs", *map(short_length, lengths)]
+    return "\n".join([*_head("MQAR", about, record, table), table(header, lines), ""])
 
 
-def _trainings(trained: list[Row], table: Callable[[list[str], list[list[str]]], str]) -> str:
+def ablations(record: Row, table: Table) -> str:
+    """A line for each model, its share over all numbers of pairs, and what the base is ahead by."""
+    from titans.recipes import RECIPES
+
+    about = (
+        "A memory alone (two blocks of width 128), trained on MQAR in rows of at most "
+        f"{longest(record)} tokens, each time with one change: percent of the values right, over all numbers "
+        f"of pairs, by the tokens of a row. {_SEEDS} Not among them: decay per channel, which the op has "
+        "and the layer's gates have not, and reading before the write, for which there is no option.\n"
+    )
+    found = shares(record["rows"], lambda row: (row["model"], row["length"]))
+    lengths = sorted({length for _, length in found})
+    lines = []
+    for model in dict.fromkeys(model for model, _ in found):
+        says = (RECIPES[model].__doc__ or "").rstrip(".") if model in RECIPES else ""
+        lines.append([short_name(model), says, *(cell(found.get((model, length))) for length in lengths)])
+    header = ["model", "what", *map(short_length, lengths)]
+    return "\n".join([*_head("Ablations", about, record, table), table(header, lines), ""])
+
+
+_SEEDS = "With several seeds their mean and, in brackets, the lowest and the highest."
+_PERCENT = f"Percent of the samples whose answer is exactly what greedy decoding begins with. {_SEEDS}"
+
+
+def longest(record: Row) -> str:
+    """Tokens of the longest rows of training."""
+    trained = _trained(record)
+    return f"{max((max(row['recipe']['data']['lengths']) for row in trained), default=0):,}"
+
+
+def _trained(record: Row) -> list[Row]:
+    return [row for row in record["rows"] if row.get("kind") == "training"]
+
+
+def _head(title: str, about: str, record: Row, table: Table) -> list[str]:
     lines = [
         [
-            row["model"],
+            short_name(row["model"]),
             str(row["seed"]),
             f"{row['parameters'] / 1e6:.2f}",
             row["ending"],
             f"{row['steps']:,}",
-            f"{row['tokens'] / 1e6:,.0f}",
-            f"{row['seconds']:.0f}",
-            f"{row['validation'][-1]['eval_answer_accuracy']:.1%}" if row["validation"] else "",
-            f"{row['max_grad_norm']:.1f}" if row["max_grad_norm"] is not None else "",
+            f"{row['tokens'] / 1e6:,.0f}" if "tokens" in row else "",
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+            f"{row['validation'][-1]['eval_answer_accuracy']:.1%}" if row.get("validation") else "",
+            f"{row['max_grad_norm']:.1f}" if row.get("max_grad_norm") is not None else "",
         ]
-        for row in trained
+        for row in _trained(record)
     ]
     header = ["model", "seed", "M parameters", "ending", "steps", "M tokens", "seconds"]
-    return table([*header, "answers right in validation", "largest gradient norm"], lines)
+    header += ["answers right in validation", "largest gradient norm"]
+    return [f"## {title}\n", about.rstrip() + "\n", table(header, lines), ""]
 
 
-def _answers(rows: list[Row], table: Callable[[list[str], list[list[str]]], str]) -> str:
-    found = shares(rows)
+def _answers(rows: list[Row], tasks: dict[str, str], table: Table) -> str:
+    found = shares(rows, lambda row: (row["model"], row["task"], row["length"]))
     lengths = sorted({length for _, _, length in found})
     lines = []
     for model in dict.fromkeys(model for model, _, _ in found):
-        for task, short in TASKS.items():
-            cells = [_cell(found.get((model, task, length), {})) for length in lengths]
-            lines.append([model, short, *cells])
+        for task, short in tasks.items():
+            cells = [cell(found.get((model, task, length))) for length in lengths]
+            if any(cells):
+                lines.append([short_name(model), short, *cells])
     samples = next((row["rows"] for row in rows if row.get("kind") == "test" and "rows" in row), 0)
-    header = ["model", f"task ({samples} samples)", *map(short_length, lengths)]
-    return table(header, lines)
+    return table(["model", f"task ({samples} samples)", *map(short_length, lengths)], lines)
 
 
-def _cell(by_seed: dict[int, float]) -> str:
+def cell(by_seed: BySeed | None) -> str:
+    """Mean and range in percent."""
     if not by_seed:
         return ""
-    values = [100 * share for share in by_seed.values()]
-    mean = f"{sum(values) / len(values):.0f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.0f}-{max(values):.0f})"
+    low, mean, high = spread(by_seed.values())
+    return f"{mean:.0f}" if len(by_seed) == 1 else f"{mean:.0f} ({low:.0f}-{high:.0f})"
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """The lowest, mean and highest in percent."""
+    percent = [100 * value for value in values]
+    return min(percent), sum(percent) / len(percent), max(percent)
+
+
+def short_name(model: str) -> str:
+    """needle_mag -> mag: the section says what on."""
+    for family in ("needle_", "babilong_", "mqar_", "ablation_"):
+        model = model.removeprefix(family)
+    return model
 
 
 def short_length(length: int) -> str:
@@ -95,56 +172,3 @@ def short_length(length: int) -> str:
         if length % unit == 0:
             return f"{length // unit}{name}"
     return str(length)
-
-
-def plot_needles(record: Row, figure: Any) -> None:
-    """Left: answers by length, a line a model, all tasks. Right: the best model by length and depth."""
-    found = shares(record["rows"])
-    lengths = sorted({length for _, _, length in found})
-    left, right = figure.subplots(1, 2)
-    means: dict[str, list[float | None]] = {}
-    for model in dict.fromkeys(model for model, _, _ in found):
-        points: list[float | None] = []
-        for length in lengths:
-            values = [share for task in TASKS for share in found.get((model, task, length), {}).values()]
-            points.append(100 * sum(values) / len(values) if values else None)
-        means[model] = points
-        there = [(length, point) for length, point in zip(lengths, points, strict=True) if point is not None]
-        left.plot(*zip(*there, strict=True), marker="o", label=model.removeprefix("needle_"))
-    left.set_xscale("log", base=2)
-    left.set_xticks(lengths, [short_length(length) for length in lengths])
-    left.set(xlabel="Llama-2 tokens", ylabel="% answered, three tasks", ylim=(-3, 103))
-    left.grid(True, alpha=0.3)
-    left.legend(fontsize="small")
-    best = max(means, key=lambda model: sum(point or 0.0 for point in means[model]))
-    _heat(record["rows"], best, lengths, right)
-
-
-def _share(count: list[int]) -> float:
-    return 100 * count[0] / count[1] if count[1] else math.nan
-
-
-def _heat(rows: list[Row], model: str, lengths: list[int], axes: Any) -> None:
-    depths = sorted({row["depth_from"] for row in rows if "depth_from" in row})
-    counts = {(depth, length): [0, 0] for depth in depths for length in lengths}
-    for row in rows:
-        if (
-            row.get("kind") == "test"
-            and row["model"] == model
-            and row.get("task") in TASKS
-            and "correct" in row
-        ):
-            count = counts[row["depth_from"], row["length"]]
-            count[0] += row["correct"]
-            count[1] += row["samples"]
-    grid = [[_share(counts[depth, length]) for length in lengths] for depth in depths]
-    axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-    for y, line in enumerate(grid):
-        for x, value in enumerate(line):
-            if value == value:
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize="small")
-    axes.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set(
-        title=f"{model.removeprefix('needle_')}: % answered", xlabel="Llama-2 tokens", ylabel="depth from"
-    )

@@ -42,7 +42,7 @@ class Knows:
 
 def needle_test(name: str = "niah_single_2", number: int = 4, length: int = 3000) -> NeedleTest:
     haystack = tiny_haystack()
-    return make_test(TASKS[name], length, number, haystack, length_counter(haystack, len), seed=1)
+    return make_test(name, length, number, haystack, length_counter(haystack, len), seed=1)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 
 from tests.tasks.test_answers import needle_test
-from tests.tasks.tiny import tiny_haystack
+from tests.tasks.tiny import tiny_babi, tiny_haystack
 from titans.recipes import RECIPES, load_recipe
 from titans.tasks.experiment import needle_rows, save_weights, seconds_a_step, token_rows, train_model
 from titans.tasks.settings import TaskSettings
@@ -132,27 +133,44 @@ def test_a_probe_ends_after_its_time(tmp_path, monkeypatch):
 
 
 def test_tasks_of_tokens_are_tested_at_any_length():
-    settings = TaskSettings(tasks=("mqar",), lengths=(64,), tokens_per_batch=256, vocab_size=64, pairs=4)
+    settings = TaskSettings(tasks=("mqar",), lengths=(64,), tokens_per_batch=256, vocab_size=64, pairs=(4, 8))
     recipe = Recipe(
         model=ModelSettings(variant="lmm", num_hidden_layers=1),
         data=settings,
         training=TrainingSettings(steps=2, batch_size=1, warmup_steps=0),
     )
     model = train_model(recipe).model
-    rows = list(token_rows(model, settings, (64, 256), samples=2, seed=9))
-    assert [(row["length"], row["tokens_asked"]) for row in rows] == [(64, 8), (256, 8)]
+    rows = list(token_rows(model, settings, (16, 64, 256), samples=2, seed=9))
+    found = [(row["length"], row["pairs"], row["tokens_asked"]) for row in rows]
+    assert found == [(16, 4, 8), *((length, pairs, 2 * pairs) for length in (64, 256) for pairs in (4, 8))]
 
 
-def test_recipes_for_needles_have_equal_sizes():
+@pytest.mark.parametrize(("family", "size"), [("needle", 3.7e6), ("babilong", 3.7e6), ("mqar", 4.75e6)])
+def test_recipes_of_a_family_have_equal_sizes(family, size):
     from titans.models import TitansForCausalLM
 
     sizes = {}
     for name in RECIPES:
-        if name.startswith("needle_"):
-            model = TitansForCausalLM(load_recipe(name).model.build(4096))
+        if name.startswith(f"{family}_"):
+            recipe = load_recipe(name)
+            vocab_size = recipe.data.vocab_size if recipe.data.of_tokens else 4096
+            model = TitansForCausalLM(recipe.model.build(vocab_size))
             sizes[name] = sum(parameter.numel() for parameter in model.parameters())
-    assert len(sizes) == 13
-    assert all(abs(size / 3.7e6 - 1) < 0.02 for size in sizes.values()), sizes
+    assert len(sizes) >= 6
+    assert all(abs(found / size - 1) < 0.02 for found in sizes.values()), sizes
+
+
+def test_an_ablation_leaves_out_one_part_and_keeps_the_size():
+    from titans.models import TitansForCausalLM
+
+    base, size = load_recipe("ablation_base"), 0
+    for number, recipe in enumerate(map(load_recipe, filter(re.compile("ablation_").match, RECIPES))):
+        assert dataclasses.replace(recipe, model=base.model) == base
+        assert (recipe == base) == (number == 0)
+        model = TitansForCausalLM(recipe.model.build(recipe.data.vocab_size))
+        found = sum(parameter.numel() for parameter in model.parameters())
+        size = size or found
+        assert abs(found / size - 1) < 0.07
 
 
 def test_the_command_line_overrides_a_task():
@@ -164,42 +182,60 @@ def test_the_command_line_overrides_a_task():
     assert (options.data.keys, options.data.haystack) == (3, Path("x.npz"))
 
 
-@pytest.mark.slow
-def test_the_benchmark_trains_tests_and_writes_one_file(tmp_path):
-    """Two processes at once, samples made beside them; RULER's form counted by a SentencePiece model."""
+def benchmark(folder: Path, *options: object) -> list[dict[str, Any]]:
+    """Rows of benchmarks/recall.py on the recipe ``mine`` in ``folder``; two processes at once, samples made
+    beside them, RULER's form counted by a SentencePiece model."""
     sentencepiece = pytest.importorskip("sentencepiece")
     haystack = tiny_haystack()
-    (tmp_path / "text.txt").write_text("\n".join(haystack.texts()))
+    (folder / "text.txt").write_text("\n".join(haystack.texts()))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "sp"), vocab_size=340, minloglevel=2,
+        input=str(folder / "text.txt"), model_prefix=str(folder / "sp"), vocab_size=340, minloglevel=2,
         model_type="bpe", byte_fallback=True,
     )  # fmt: skip
-    haystack.save(tmp_path / "train.npz")
-    recipe_file = tmp_path / "mine.py"
-    recipe_file.write_text(
+    haystack.save(folder / "h.npz")
+    command = [
+        *(sys.executable, "benchmarks/recall.py", "--recipes", f"{folder / 'mine.py'}:mine"),
+        *("--train", folder / "h.npz", "--test", folder / "h.npz", "--llama-tokenizer", folder / "sp.model"),
+        *("--lengths", "2048", "--samples", "2", "--short-samples", "2", "--jobs-per-gpu", "2"),
+        *("--workers", "0", "--sample-jobs", "1", "--threads", "1", "--dtype", "float32"),
+        *("--work", folder / "work", "--output", folder, "--commit", "test", *options),
+    ]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / "recall.json").read_text())
+    assert record["commit"] == "test"
+    return record["rows"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_trains_tests_and_writes_one_file(tmp_path):
+    """And what it has saved can be tested again without training, with the same answers."""
+    (tmp_path / "mine.py").write_text(
         "from pathlib import Path\nfrom tests.tasks.test_experiment import tiny_recipe\n"
         f"def mine():\n    return tiny_recipe(Path({str(tmp_path)!r}))\n"
     )
-    command = [
-        *(sys.executable, "benchmarks/recall.py", "--recipes", f"{recipe_file}:mine", "--seeds", "0", "1"),
-        *("--steps", "2", "--train", str(tmp_path / "train.npz"), "--test", str(tmp_path / "train.npz")),
-        *(
-            "--llama-tokenizer",
-            str(tmp_path / "sp.model"),
-            "--lengths",
-            "2048",
-            "--samples",
-            "2",
-            "--short-samples",
-            "2",
-        ),
-        *("--jobs-per-gpu", "2", "--workers", "0", "--sample-jobs", "1", "--threads", "1"),
-        *("--work", str(tmp_path / "work"), "--output", str(tmp_path), "--commit", "test"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "recall.json").read_text())
-    kinds = [row["kind"] for row in record["rows"]]
-    assert kinds.count("training") == 2, record["rows"]
-    assert sum(row["samples"] for row in record["rows"] if row["kind"] == "test") == 2 * 3 * 2
-    assert record["commit"] == "test"
+    rows = benchmark(tmp_path, "--seeds", 0, 1, "--steps", 2, "--save", tmp_path / "weights")
+    kinds = [row["kind"] for row in rows]
+    assert kinds.count("training") == 2, rows
+    assert sum(row["samples"] for row in rows if row["kind"] == "test") == 2 * 2 * 2
+    again = benchmark(tmp_path, "--seeds", 1, "--steps", 0, "--start", tmp_path / "weights")
+    assert [row["ending"] for row in again if row["kind"] == "training"] == ["not trained"]
+
+    def answers(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        tests = [row for row in rows if row["kind"] == "test" and row["seed"] == 1]
+        return sorted((row["task"], row["depth_from"], row["tokens_correct"]) for row in tests)
+
+    assert answers(again) == answers(rows)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_babilong(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom pathlib import Path\n"
+        "from tests.tasks.test_experiment import tiny_recipe\n"
+        f"def mine():\n    recipe = tiny_recipe(Path({str(tmp_path)!r}))\n"
+        "    return replace(recipe, data=replace(recipe.data, tasks=('babilong_qa1',)))\n"
+    )
+    rows = benchmark(tmp_path, "--steps", 2, "--babi", tiny_babi(tmp_path))
+    (test,) = [row for row in rows if row["kind"] == "test"]
+    assert (test["task"], test["length"], test["samples"]) == ("babilong_qa1", 2048, 2)

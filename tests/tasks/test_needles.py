@@ -112,7 +112,7 @@ def test_a_curriculum_starts_with_the_shortest_rows(tmp_path):
     [
         ({"tasks": ("niah_singel_1",)}, "did you mean 'niah_single_1'"),
         ({"tasks": ("mqar", "niah_single_1")}, "mix with no other"),
-        ({"haystack": None}, r"data\.haystack: needle tasks need one"),
+        ({"haystack": None}, r"data\.haystack: niah_single_1 needs one"),
         ({"lengths": (64, 1024)}, r"data\.lengths: expected at least \d+ tokens"),
     ],
 )
@@ -125,9 +125,26 @@ def test_what_does_not_fit_is_refused(tmp_path, changes, message):
 
 @pytest.mark.parametrize("task", ["mqar", "selective_copy"])
 def test_tasks_of_tokens_need_no_haystack(task):
-    given = TaskSettings(tasks=(task,), lengths=(64, 128), tokens_per_batch=256, vocab_size=300, pairs=4)
+    given = TaskSettings(tasks=(task,), lengths=(64, 128), tokens_per_batch=256, vocab_size=300, pairs=(4,))
     data = open_tasks(given, TrainingSettings(steps=4, batch_size=1))
     batch = data.train[0]
     assert batch["input_ids"].numel() == 256
     assert (batch["labels"] >= 0).sum(1).tolist() == [4] * len(batch["labels"])
     assert data.vocab_size == 300
+
+
+def test_each_batch_draws_a_number_of_pairs_that_fits():
+    shared = {"tasks": ("mqar",), "tokens_per_batch": 256, "vocab_size": 300}
+    given = TaskSettings(lengths=(16, 64), pairs=(2, 4, 16, 64), **shared)
+    training = TrainingSettings(steps=60, batch_size=1)
+    data, again = open_tasks(given, training), open_tasks(given, training)
+    asked = {16: set(), 64: set()}
+    for index in range(60):
+        batch = data.train[index]
+        assert batch["labels"].equal(again.train[index]["labels"])
+        (pairs,) = {int(row) for row in (batch["labels"] >= 0).sum(1)}
+        asked[batch["labels"].shape[1]].add(pairs)
+    assert asked == {16: {2, 4}, 64: {2, 4, 16}}
+    assert open_tasks(TaskSettings(lengths=(16,), **shared), training).train[0]["labels"].shape == (16, 16)
+    with pytest.raises(UserError, match=r"data\.pairs: expected numbers of at least 1, got \(0,\)"):
+        TaskSettings(lengths=(16,), pairs=(0,), **shared)

@@ -52,6 +52,19 @@ def test_a_bad_step_stops_before_the_optimiser_and_keeps_the_weights(tmp_path, m
     assert read_log(tmp_path / "bad" / LOG_NAME)[-1]["step"] == 14
 
 
+def test_steps_left_out_are_counted_over_an_interruption(tmp_path, monkeypatch):
+    """A run that diverges must not be allowed as many bad steps again each time it goes on."""
+    recipe = tiny_recipe()
+    poison(monkeypatch, 3, "gradient")
+    for steps, ending, step in ((4, "finished", 4), (9, "diverged", 4)):
+        training = dataclasses.replace(recipe.training, steps=steps, max_skipped_steps=2)
+        again = dataclasses.replace(recipe, training=training)
+        result = train(again, tiny_data(), tmp_path, model=tiny_model())
+        assert (result.ending, result.step) == (ending, step)
+    steps = [record for record in read_log(tmp_path / LOG_NAME) if "loss" in record]
+    assert steps[-1]["skipped_steps"] == 2
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """A model that starts with NaN fails in its first step and leaves no checkpoint that hides it."""
     model = tiny_model()
@@ -77,7 +90,7 @@ def test_weight_decay_falls_on_matrices_only(tmp_path):
         out=tmp_path,
         train_dataset=tiny_data().train,
         eval_dataset=None,
-        recipe_json="",
+        provenance={},
     )
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
     others = {name for name, _ in trainer.model.named_parameters()} - decayed

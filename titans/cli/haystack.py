@@ -1,6 +1,6 @@
 """``titans haystack``: books -> one small file of tokenized sentences for the needle tasks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ class Arguments:
     vocab_size: int = 4096
     """Of the tokenizer trained: a byte-level BPE in which digits and the characters of UUIDs stand alone."""
     characters: int = 30_000_000
-    """Take so many of each source, at most."""
+    """Take so many of each source, at most; what is left out does not count."""
     without: Path | None = None
     """Another haystack whose sentences to leave out: the training's, for a test."""
     llama_tokenizer: Path | None = None
@@ -52,11 +52,10 @@ def run(arguments: Arguments) -> int:
 
     from titans.data.sentences import SentenceTokens, make
 
-    without = None if arguments.without is None else SentenceTokens.load(arguments.without)
+    without = set() if arguments.without is None else set(SentenceTokens.load(arguments.without).texts())
     made = make(
-        _sentences(corpora, arguments.characters),
+        _sentences(corpora, arguments.characters, without),
         _tokenizer(arguments, corpora),
-        without=without,
         count=None if arguments.llama_tokenizer is None else _count(arguments.llama_tokenizer),
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +64,12 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-def _sentences(corpora: list[Corpus], characters: int) -> Iterator[str]:
+def _sentences(corpora: list[Corpus], characters: int, without: Collection[str] = ()) -> Iterator[str]:
+    from titans.data.sentences import usable
+
     for corpus in corpora:
         taken = 0
-        for sentence in _all_sentences(corpus):
+        for sentence in usable(_all_sentences(corpus), without):
             yield sentence
             taken += len(sentence) + 1
             if taken >= characters:

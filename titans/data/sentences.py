@@ -6,7 +6,7 @@ The file (``.npz``) is all that training and testing on long texts need on anoth
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -105,18 +105,21 @@ class SentenceTokens:
             raise UserError(f"{path}: expected a haystack (titans haystack makes one): {error}") from error
 
 
+def usable(sentences: Iterable[str], without: Collection[str] = ()) -> Iterator[str]:
+    """Those that are not too long, and not in ``without`` (a set, where there are many)."""
+    return (text for text in sentences if len(text) <= LONGEST_SENTENCE and text not in without)
+
+
 def make(
     sentences: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    without: SentenceTokens | None = None,
     count: Callable[[str], int] | None = None,
 ) -> SentenceTokens:
-    """Tokenize ``sentences`` (see ``titans.evaluation.haystack.split_sentences``).
+    """Tokenize ``sentences`` (see ``titans.evaluation.haystack.split_sentences``), the usable ones.
 
     Args:
         tokenizer: of `titans.data.bpe`; its ids must fit in 16 bits.
-        without: leave out what is in this haystack, too.
         count: tokens of a text under another tokenizer, by which lengths are told; stored is
             ``count(". " + sentence)``.
 
@@ -124,7 +127,6 @@ def make(
         UserError: no sentence is left.
     """
     encode = TextEncoder(tokenizer)
-    known = set() if without is None else set(without.texts())
     rows: list[npt.NDArray[Any]] = []
     counts: list[int] = []
     batch: list[str] = []
@@ -135,15 +137,13 @@ def make(
             counts.extend(count(". " + sentence) for sentence in batch)
         batch.clear()
 
-    for sentence in sentences:
-        if len(sentence) > LONGEST_SENTENCE or sentence in known:
-            continue
+    for sentence in usable(sentences):
         batch.append(sentence)
         if len(batch) == _BATCH:
             flush()
     flush()
     if not rows:
-        raise UserError("sentences: expected at least one that the other haystack has not, got none")
+        raise UserError("sentences: expected at least one usable one, got none")
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     return SentenceTokens(
         ids=np.concatenate(rows),

@@ -6,8 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 from titans.errors import UserError, unknown_name
+from titans.recipes.ablations import ABLATIONS
+from titans.recipes.babilong import (
+    babilong_lmm,
+    babilong_mag,
+    babilong_mag_f256,
+    babilong_qa1_mag,
+    babilong_qa1_mag_f256,
+    babilong_sliding,
+)
 from titans.recipes.demo import demo_mac
-from titans.recipes.mqar import mqar_attention, mqar_lmm, mqar_lmm_f256, mqar_lmm_linear
+from titans.recipes.mqar import (
+    mqar_attention,
+    mqar_lmm,
+    mqar_lmm_f256,
+    mqar_lmm_linear,
+    mqar_mac,
+    mqar_mag,
+    mqar_mal,
+    mqar_sliding,
+)
 from titans.recipes.needle import (
     needle_attention,
     needle_lmm,
@@ -34,11 +52,14 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     for recipe in (
         *(demo_mac, tiny_lmm, tiny_mac, tiny_mag, tiny_mal, tiny_attention),
         *(needle_lmm, needle_lmm_rectified, needle_lmm_linear, needle_lmm_f256),
-        *(needle_mac, needle_mac_f256),
-        *(needle_mag, needle_mag_token, needle_mag_late, needle_mag_c16),
+        *(needle_mac, needle_mac_f256, needle_mag, needle_mag_token, needle_mag_late, needle_mag_c16),
         *(needle_mag_f256, needle_mag_f256_second, needle_mag_f256_third),
         *(needle_mal, needle_attention, needle_sliding),
-        *(mqar_lmm, mqar_lmm_linear, mqar_lmm_f256, mqar_attention),
+        *(babilong_qa1_mag, babilong_qa1_mag_f256, babilong_mag, babilong_mag_f256),
+        *(babilong_lmm, babilong_sliding),
+        *(mqar_lmm, mqar_lmm_linear, mqar_lmm_f256),
+        *(mqar_mag, mqar_mac, mqar_mal, mqar_attention, mqar_sliding),
+        *ABLATIONS,
     )
 }
 

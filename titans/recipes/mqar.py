@@ -1,14 +1,31 @@
-"""Associative recall among random tokens (MQAR): the models of `titans.recipes.needle`, no text."""
+"""Associative recall among random tokens (MQAR): the models of `titans.recipes.needle`, no text.
+
+Zoology's grid in one run: a batch draws its length and its number of pairs, up to one for 4 tokens. Equal
+parameters as there, and windows of 64: what is further back is the memory's. Writing costs nothing, as noise
+and pairs look alike.
+"""
 
 from dataclasses import replace
 
-from titans.recipes.needle import needle_attention, needle_lmm, needle_lmm_f256, needle_lmm_linear
+from titans.recipes.needle import (
+    needle_attention,
+    needle_lmm,
+    needle_lmm_f256,
+    needle_lmm_linear,
+    needle_mac,
+    needle_mag,
+    needle_mal,
+    needle_sliding,
+)
 from titans.tasks.settings import TaskSettings
 from titans.training.recipe import Recipe
 
+PAIRS = (4, 8, 16, 32, 64, 128, 256)
+WINDOW = 64
+
 
 def mqar_lmm() -> Recipe:
-    """The memory alone, an MLP of expansion 1, on 32 pairs of 8,192 tokens."""
+    """The memory alone, an MLP of expansion 1, on 4 to 256 pairs of 8,192 tokens."""
     return _on_mqar(needle_lmm())
 
 
@@ -22,11 +39,36 @@ def mqar_lmm_f256() -> Recipe:
     return _on_mqar(needle_lmm_f256())
 
 
+def mqar_mag() -> Recipe:
+    """Memory as a gate on attention with a window of 64."""
+    return _on_mqar(needle_mag())
+
+
+def mqar_mac() -> Recipe:
+    """Memory as context, segments of 64."""
+    return _on_mqar(needle_mac())
+
+
+def mqar_mal() -> Recipe:
+    """Memory as a layer below attention with a window of 64."""
+    return _on_mqar(needle_mal())
+
+
 def mqar_attention() -> Recipe:
     """The baseline: full attention."""
     return _on_mqar(needle_attention())
 
 
+def mqar_sliding() -> Recipe:
+    """The baseline with a window of 64: what needs no memory."""
+    return _on_mqar(needle_sliding())
+
+
 def _on_mqar(recipe: Recipe) -> Recipe:
-    data = TaskSettings(tasks=("mqar",), lengths=(64, 128, 256, 512), tokens_per_batch=32768)
-    return replace(recipe, data=data)
+    data = TaskSettings(
+        tasks=("mqar",), lengths=(64, 128, 256, 512, 1024), pairs=PAIRS, tokens_per_batch=32768
+    )
+    model = recipe.model
+    if model.window_size:  # neither full attention's 0 nor a memory without attention
+        model = replace(model, window_size=WINDOW, segment_size=WINDOW)
+    return replace(recipe, model=model, data=data, training=replace(recipe.training, write_penalty=0.0))

@@ -83,7 +83,7 @@ def needle_mag() -> Recipe:
 
 
 def needle_mag_token() -> Recipe:
-    """The same with gates that see the token alone, as in the paper: in the first block all digits are alike."""
+    """The same with gates that see the token alone, as in the paper: in the first block, digits are alike."""
     return _with_model(needle_mag(), memory_gates_from="token")
 
 

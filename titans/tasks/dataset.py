@@ -15,12 +15,13 @@ from titans.errors import UserError, unknown_name
 from titans.evaluation.needle import TASKS
 from titans.evaluation.recall import MQAR, TokenBatch
 from titans.evaluation.selective_copy import SelectiveCopy
+from titans.tasks.babi import BABILONG, BabiRows, training_chains
 from titans.tasks.needles import NeedleRows
 from titans.tasks.settings import TOKEN_TASKS, TaskSettings
 from titans.training.data import TrainingData
 from titans.training.recipe import TrainingSettings
 
-_HELD_OUT = 0.05  # of the haystack's sentences, its last, for validation
+_HELD_OUT = 0.05  # of the haystack's sentences and of the stories, the last of them, for validation
 
 # (index of the batch, rows, length, seed) -> batch
 Maker = Callable[[int, int, int, int], TokenBatch]
@@ -61,8 +62,8 @@ class TaskBatches(Dataset[dict[str, Tensor]]):
         return random.Random(f"length/{self.seed}/{index}").choice(lengths)
 
 
-class NeedleMaker:
-    """Batches whose rows are of needle tasks, each of one drawn for it."""
+class RowMaker:
+    """Batches of rows of text, each of a task drawn for it."""
 
     def __init__(self, rows: NeedleRows):
         self.rows = rows
@@ -82,28 +83,33 @@ class TokenMaker:
         self.settings = settings
 
     def __call__(self, index: int, rows: int, length: int, seed: int) -> TokenBatch:
-        return self.task(length, seed).batch(index, rows)
+        pairs = random.Random(f"pairs/{seed}/{index}").choice(self.pairs(length))
+        return self.task(length, pairs, seed).batch(index, rows)
 
-    def task(self, length: int, seed: int) -> MQAR | SelectiveCopy:
-        settings = self.settings
-        if settings.tasks == ("mqar",):
-            pairs = min(settings.pairs, length // 8)
-            return MQAR(vocab_size=settings.vocab_size, length=length, pairs=pairs, seed=seed)
-        tokens = min(settings.pairs, length // 4)
-        return SelectiveCopy(vocab_size=settings.vocab_size, length=length, tokens=tokens, seed=seed)
+    def pairs(self, length: int) -> list[int]:
+        """The settings' numbers that fit into so many tokens, or the largest that does."""
+        most = length // 4
+        return [pairs for pairs in self.settings.pairs if pairs <= most] or [most]
+
+    def task(self, length: int, pairs: int, seed: int) -> MQAR | SelectiveCopy:
+        vocab_size = self.settings.vocab_size
+        if self.settings.tasks == ("mqar",):
+            return MQAR(vocab_size=vocab_size, length=length, pairs=pairs, seed=seed)
+        return SelectiveCopy(vocab_size=vocab_size, length=length, tokens=pairs, seed=seed)
 
 
 def open_tasks(settings: TaskSettings, training: TrainingSettings) -> TrainingData:
-    """Training and validation batches of the settings' tasks.
+    """Training and validation batches of the settings' tasks; validation has other sentences and stories.
 
     Raises:
-        UserError: an unknown task or mixture, no haystack, lengths too short, a batch size other than 1.
+        UserError: an unknown task or mixture, no haystack or stories, lengths too short, a batch size other
+            than 1.
     """
     if training.batch_size != 1:
         raise UserError(
             f"training.batch_size: expected 1 (data.tokens_per_batch counts), got {training.batch_size}"
         )
-    known = {**TASKS, **dict.fromkeys(TOKEN_TASKS)}
+    known = {**TASKS, **BABILONG, **dict.fromkeys(TOKEN_TASKS)}
     for name in settings.tasks:
         if name not in known:
             raise unknown_name("task", name, known)
@@ -117,15 +123,20 @@ def open_tasks(settings: TaskSettings, training: TrainingSettings) -> TrainingDa
         tokenizer, vocab_size = None, settings.vocab_size
     else:
         if settings.haystack is None:
-            raise UserError("data.haystack: needle tasks need one (titans haystack makes it)")
+            raise UserError(f"data.haystack: {settings.tasks[0]} needs one (titans haystack makes it)")
         sentences = SentenceTokens.load(settings.haystack)
-        kept = min(len(sentences) - 1, round(len(sentences) * (1 - _HELD_OUT)))
-        if kept < 1:
+        if len(sentences) < 2:
             raise UserError(f"data.haystack: expected at least 2 sentences, got {len(sentences)}")
-        makers = (
-            NeedleMaker(_rows(settings, sentences.part(0, kept))),
-            NeedleMaker(_rows(settings, sentences.part(kept, len(sentences)))),
-        )
+        border = _border(len(sentences))
+        parts = sentences.part(0, border), sentences.part(border, len(sentences))
+        rows = _babi_rows(settings, *parts) if settings.of_babi else _needle_rows(settings, *parts)
+        for each in rows:
+            if each.shortest() > settings.lengths[0]:
+                raise UserError(
+                    f"data.lengths: expected at least {each.shortest()} tokens for a row of these tasks, "
+                    f"got {settings.lengths[0]}"
+                )
+        makers = RowMaker(rows[0]), RowMaker(rows[1])
         tokenizer = sentences.tokenizer
         vocab_size = len(tokenizer)
     count = training.steps * training.gradient_accumulation_steps
@@ -148,18 +159,38 @@ def only(batches: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _rows(settings: TaskSettings, sentences: SentenceTokens) -> NeedleRows:
-    rows = NeedleRows(
-        sentences.at_least(2 * settings.lengths[-1] + 2),
-        [TASKS[name] for name in settings.tasks],
-        keys=settings.keys,
-        questions=settings.questions,
-        dense=settings.dense,
-        middle=settings.middle,
-    )
-    if rows.shortest() > settings.lengths[0]:
-        raise UserError(
-            f"data.lengths: expected at least {rows.shortest()} tokens for a row of these tasks, "
-            f"got {settings.lengths[0]}"
+def _needle_rows(settings: TaskSettings, *parts: SentenceTokens) -> list[NeedleRows]:
+    return [
+        NeedleRows(
+            _enough(settings, sentences),
+            [TASKS[name] for name in settings.tasks],
+            keys=settings.keys,
+            questions=settings.questions,
+            dense=settings.dense,
+            middle=settings.middle,
         )
-    return rows
+        for sentences in parts
+    ]
+
+
+def _babi_rows(settings: TaskSettings, train: SentenceTokens, held_out: SentenceTokens) -> list[BabiRows]:
+    if foreign := set(settings.tasks) - set(BABILONG):
+        raise UserError(f"data.tasks: BABILong's mix with no other, got {', '.join(sorted(foreign))}, too")
+    if settings.babi is None:
+        raise UserError("data.babi: BABILong tasks need bAbI's archive or its folder")
+    chains = training_chains(settings.babi, settings.tasks)
+    first = {name: of_task[: _border(len(of_task))] for name, of_task in chains.items()}
+    last = {name: of_task[_border(len(of_task)) :] for name, of_task in chains.items()}
+    return [
+        BabiRows(_enough(settings, sentences), stories, questions=settings.questions)
+        for sentences, stories in ((train, first), (held_out, last))
+    ]
+
+
+def _border(number: int) -> int:
+    """Where the held-out ones of so many begin; one at least."""
+    return min(number - 1, round(number * (1 - _HELD_OUT)))
+
+
+def _enough(settings: TaskSettings, sentences: SentenceTokens) -> SentenceTokens:
+    return sentences.at_least(2 * settings.lengths[-1] + 2)

@@ -108,6 +108,21 @@ def train_model(
     return Trained(model=model.eval(), row=row)
 
 
+def untrained(recipe: Recipe, start: Path) -> Trained:
+    """The recipe's model with the weights that `save_weights` has written to ``start``, as they are."""
+    model = build_model(recipe, open_data(recipe))
+    load_weights(model, start)
+    row = {
+        "recipe": recipe.to_dict(),
+        "seed": recipe.training.seed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "ending": "not trained",
+        "message": f"the weights of {start.name}",
+        "steps": 0,
+    }
+    return Trained(model=model.eval(), row=row)
+
+
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
     """The recipe cut to ``steps``: a tenth of them at most to warm up, five evaluations, one checkpoint."""
     training = replace(
@@ -190,14 +205,16 @@ def needle_rows(
 def token_rows(
     model: PreTrainedModel, settings: TaskSettings, lengths: Sequence[int], *, samples: int, seed: int
 ) -> Iterator[Row]:
-    """The share of right tokens at each of ``lengths`` on a task of tokens (MQAR, selective copying)."""
-    for length in lengths:
-        task = TokenMaker(settings).task(length, seed)
-        asked = Asked.of_batch(task.batch(0, samples))
+    """The share of right tokens at each of ``lengths``, with each number of pairs that fits, on a task of
+    tokens (MQAR, selective copying)."""
+    maker = TokenMaker(settings)
+    for length, pairs in [(each, pairs) for each in lengths for pairs in maker.pairs(each)]:
+        asked = Asked.of_batch(maker.task(length, pairs, seed).batch(0, samples))
         hits, measured = _measured(model, lambda asked=asked: right(model, asked))  # type: ignore[misc]
         yield {
             "task": settings.tasks[0],
             "length": length,
+            "pairs": pairs,
             "samples": samples,
             "tokens_asked": len(hits),
             "tokens_correct": int(hits.sum()),

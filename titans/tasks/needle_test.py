@@ -1,7 +1,7 @@
-"""Needle tests: samples of the published form as tokens, and the share of them that a model answers.
+"""Needle and BABILong tests: samples of the published form as tokens, and the share that a model answers.
 
 An answer counts when greedy decoding would begin with it, space and all. RULER's own rule, that the answer
-occurs somewhere in the output, is milder.
+occurs somewhere in the output, is milder; so is BABILong's, that it is the only label before a full stop.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from transformers import PreTrainedModel
 
 from titans.data.bpe import WordEncoder
 from titans.data.sentences import SentenceTokens
-from titans.errors import UserError
-from titans.evaluation.needle import NeedleSample, NeedleTask, samples
+from titans.errors import UserError, unknown_name
+from titans.evaluation import babilong
+from titans.evaluation.babilong import BabiSample
+from titans.evaluation.needle import TASKS, NeedleSample, NeedleTask, samples
 from titans.files import replace_file
 from titans.tasks.answers import Asked, right
+from titans.tasks.babi import BABILONG
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,8 @@ class NeedleTest:
     """Samples of one task and length, tokenized.
 
     task, length: as in `titans.evaluation.needle.samples`, the length in the tokens that the haystack counts.
-    depths: of the samples. tokens: of their prompts, as the haystack counts them.
+    depths: of the samples, or empty where each has facts at several (BABILong). tokens: of their prompts, as
+    the haystack counts them.
     """
 
     task: str
@@ -96,35 +100,59 @@ def length_counter(haystack: SentenceTokens, count: Callable[[str], int]) -> Cal
 
 
 def make_test(
-    task: NeedleTask,
+    task: str,
     length: int,
     number: int,
     haystack: SentenceTokens,
     count: Callable[[str], int],
     *,
     seed: int,
+    babi: Path | None = None,
 ) -> NeedleTest:
-    """``number`` samples of ``task``, at depths drawn evenly.
+    """``number`` samples of the task of this name, at depths drawn evenly.
 
     Args:
         count: tokens by which ``length`` is told (see `length_counter`).
+        babi: bAbI's archive or folder, whose test files a BABILong task's stories come from.
+
+    Raises:
+        UserError: no such task, or no ``babi`` for one of BABILong.
     """
     encode = WordEncoder(haystack.tokenizer)
     rows, depths, tokens = [], [], []
     places: list[npt.NDArray[np.int64]] = []
-    for sample in itertools.islice(samples(task, length, count, haystack.texts(), seed=seed), number):
-        prompt, answer = encode(sample.prompt), encode(answer_text(task, sample))
+    for sample, answer_text in itertools.islice(
+        _samples(task, length, haystack.texts(), count, seed, babi), number
+    ):
+        prompt, answer = encode(sample.prompt), encode(answer_text)
         rows.append(np.array(prompt + answer, dtype=np.uint16))
         places.append(np.arange(len(prompt), len(prompt) + len(answer)))
-        depths.append(sample.depth)
         tokens.append(sample.tokens)
+        if isinstance(sample, NeedleSample):
+            depths.append(sample.depth)
     ids = np.zeros((number, max(map(len, rows))), dtype=np.uint16)
     for row, filled in zip(ids, rows, strict=True):
         row[: len(filled)] = filled
     of = np.repeat(np.arange(number), [len(each) for each in places])
     at = np.concatenate(places)
     asked = Asked(ids, of, at, ids[of, at].astype(np.int64))
-    return NeedleTest(task.name, length, asked, np.array(depths), np.array(tokens))
+    return NeedleTest(task, length, asked, np.array(depths), np.array(tokens))
+
+
+def _samples(
+    task: str, length: int, texts: list[str], count: Callable[[str], int], seed: int, babi: Path | None
+) -> Iterator[tuple[NeedleSample | BabiSample, str]]:
+    """Samples without end, each with what follows its prompt."""
+    if task in TASKS:
+        needles = samples(TASKS[task], length, count, texts, seed=seed)
+        return ((sample, answer_text(TASKS[task], sample)) for sample in needles)
+    if task not in BABILONG:
+        raise unknown_name("task", task, {**TASKS, **BABILONG})
+    if babi is None:
+        raise UserError(f"babi: {task} needs bAbI's archive or its folder")
+    stories = babilong.read_stories(babi, BABILONG[task], "test")
+    asked = babilong.samples(BABILONG[task], stories, length, count, texts, seed=seed)
+    return ((sample, f" {sample.answers[0]}") for sample in asked)
 
 
 def answer_text(task: NeedleTask, sample: NeedleSample) -> str:
@@ -143,7 +171,8 @@ def run_test(
     rows: int | None = None,
     tokens: int | None = None,
 ) -> list[DepthScore]:
-    """The model's scores on ``test`` by depth of the needle, in ``bins`` of equal width that are not empty.
+    """The model's scores on ``test`` by depth of the needle, in ``bins`` of equal width that are not empty;
+    in one where samples have no depth.
 
     Args:
         rows: samples at once; None: all.
@@ -162,7 +191,10 @@ def run_test(
     wrong = np.bincount(asked.rows[~hits], minlength=number)
     length = np.bincount(asked.rows, minlength=number)
     by_bin: dict[int, list[int]] = defaultdict(list)
-    for sample, depth in enumerate(test.depths):
+    depths = test.depths
+    if not len(depths):
+        depths, bins = np.zeros(number), 1
+    for sample, depth in enumerate(depths):
         by_bin[min(int(depth * bins), bins - 1)].append(sample)
     return [
         DepthScore(

@@ -20,7 +20,8 @@ class TaskSettings(DataSource):
     """Batches of tasks, each batch of one length. A batch is one sequence to ``training.batch_size``."""
 
     tasks: tuple[str, ...]
-    """Needle tasks (niah_single_1, ...) together, or one of mqar and selective_copy."""
+    """Needle tasks (niah_single_1, ...) together, BABILong's (babilong_qa1, ...) together, or one of mqar and
+    selective_copy."""
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     """Tokens of a row; each batch draws one of these."""
     tokens_per_batch: int = 65536
@@ -30,7 +31,9 @@ class TaskSettings(DataSource):
     validation_batches: int = 5
     """Batches to evaluate on, always the same, of all lengths by turns."""
     haystack: Path | None = None
-    """Sentences for needle tasks (titans haystack makes the file)."""
+    """Sentences for needle and BABILong tasks (titans haystack makes the file)."""
+    babi: Path | None = None
+    """bAbI's archive or folder, for BABILong tasks: its train files."""
     keys: int = 8
     """Keys hidden in a row at most, where the task asks for no more."""
     questions: int = 8
@@ -41,12 +44,15 @@ class TaskSettings(DataSource):
     """Share of these questions that are asked within the haystack."""
     vocab_size: int = 8192
     """Of mqar and selective_copy."""
-    pairs: int = 32
-    """Of mqar, at most one for 8 tokens; tokens to be copied in selective_copy, at most one for 4."""
+    pairs: tuple[int, ...] = (32,)
+    """Of mqar; tokens to be copied in selective_copy. Each batch draws one of these, of at most one for 4
+    tokens, or has so many."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "tokens_per_batch", "validation_batches", "keys", "questions", "pairs")
+        at_least(self, 1, "tokens_per_batch", "validation_batches", "keys", "questions")
         at_least(self, 0, "curriculum_steps", "dense", "middle")
+        if not self.pairs or min(self.pairs) < 1:
+            raise UserError(f"data.pairs: expected numbers of at least 1, got {self.pairs}")
         if not self.tasks or not self.lengths or list(self.lengths) != sorted(self.lengths):
             raise UserError(
                 f"data: expected at least one task and ascending lengths, got {self.tasks} and {self.lengths}"
@@ -58,6 +64,11 @@ class TaskSettings(DataSource):
     def of_tokens(self) -> bool:
         """Whether this is a task of tokens that are no text."""
         return bool(set(self.tasks) & set(TOKEN_TASKS))
+
+    @property
+    def of_babi(self) -> bool:
+        """Whether BABILong's are among the tasks."""
+        return any(name.startswith("babilong_") for name in self.tasks)
 
     def open(self, training: TrainingSettings) -> TrainingData:
         from titans.tasks.dataset import open_tasks

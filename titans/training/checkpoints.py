@@ -18,6 +18,7 @@ from titans.files import replace_file, sync
 from titans.training.recipe import Recipe
 
 RECIPE_NAME = "recipe.json"
+SKIPPED = "skipped_steps"  # in that file and in the log
 _PREFIX = "checkpoint-"  # transformers' own name, so that its tools find our checkpoints
 _STAGING = ".saving-"
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from titans.errors import UserError
 from titans.training.callbacks import GracefulStop, JsonLinesLog, TerminalProgress, stop_on_signals
 from titans.training.checkpoints import (
+    SKIPPED,
     checkpoints_in,
     provenance,
     read_recipe,
@@ -34,7 +35,7 @@ _FIXED = (
     *("model.", "data."),
     *("training.seed", "training.batch_size", "training.gradient_accumulation_steps"),
 )
-_WHERE = ("data.folder", "data.haystack")  # the same files may lie elsewhere
+_WHERE = ("data.folder", "data.haystack", "data.babi")  # the same files may lie elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,8 @@ def train(
             answers=data.answers,
             data_collator=data.collate,
             processing_class=data.tokenizer,
-            recipe_json=json.dumps(provenance(recipe), indent=1) + "\n",
+            provenance=provenance(recipe),
+            skipped=read_recipe(checkpoint).get(SKIPPED, 0) if checkpoint else 0,
             memory_metrics_every=recipe.logging.memory_metrics_every,
             callbacks=callbacks
             + _reporters(recipe.logging, out, _step_saved_in(checkpoint) if checkpoint else 0),

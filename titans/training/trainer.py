@@ -1,6 +1,7 @@
 """transformers' Trainer with exact data order, a stop before a bad step, and atomic checkpoints."""
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from titans.nn.metrics import MemoryMetrics, WriteShares
 from titans.training.checkpoints import (
     RECIPE_NAME,
+    SKIPPED,
     checkpoint_path,
     checkpoints_in,
     publish,
@@ -119,7 +121,7 @@ class TitansTrainer(Trainer):
     2. A loss or gradient norm that is not finite raises ``NonFiniteError`` before the optimiser; so many
        gradients as the settings say are left out instead.
     3. A checkpoint is written beside its final place and renamed when it is whole; the last ``keep`` stay.
-       With it goes ``recipe_json``.
+       With it go ``provenance`` and the number of steps left out.
     4. The validation loss is a mean over tokens, with the share of right answers where there are any, and
        logs are tokens and seconds, not epochs and samples.
 
@@ -127,7 +129,8 @@ class TitansTrainer(Trainer):
         settings: the recipe's training part.
         out: the output folder.
         train_dataset, eval_dataset: map-style; their items are what ``data_collator`` makes batches of.
-        recipe_json: text to store with every checkpoint.
+        provenance: plain values to store with every checkpoint (recipe.json).
+        skipped: steps that an earlier part of this run has left out.
         in_order: the items of ``train_dataset``, one for each forward pass, come in their order.
         answers: validation counts the labels that are the likeliest tokens, and the runs of labels (answers)
             that are so from the first to the last.
@@ -144,7 +147,8 @@ class TitansTrainer(Trainer):
         out: Path,
         train_dataset: Dataset[Any],
         eval_dataset: Dataset[Any] | None,
-        recipe_json: str,
+        provenance: dict[str, Any],
+        skipped: int = 0,
         in_order: bool = False,
         answers: bool = False,
         memory_metrics_every: int = 0,
@@ -152,14 +156,14 @@ class TitansTrainer(Trainer):
     ):
         self._settings = settings
         self._out = out
-        self._recipe_json = recipe_json
+        self._provenance = provenance
         self._in_order = in_order
         self._answers = answers
         self._last_loss: torch.Tensor | None = None
         self._memory_metrics_every = memory_metrics_every
         self._memory_metrics: dict[str, float] = {}
         self._write_share: torch.Tensor | None = None
-        self._skipped = 0
+        self._skipped = skipped
         self._clock = time.perf_counter()
         self._tokens_at_clock = 0
         self._staging: Path | None = None
@@ -301,7 +305,7 @@ class TitansTrainer(Trainer):
             logs["tokens_seen"] = seen
             logs |= self._memory_metrics
             if self._skipped:
-                logs["skipped_steps"] = self._skipped
+                logs[SKIPPED] = self._skipped
             if self._write_share is not None:
                 logs["write_share"] = self._write_share.item()
             self._memory_metrics = {}
@@ -336,7 +340,8 @@ class TitansTrainer(Trainer):
             if self.args.should_save:
                 staged = checkpoint_path(self._staging, step)
                 (staged / TRAINING_ARGS_NAME).unlink()  # a pickle; the recipe says the same
-                (staged / RECIPE_NAME).write_text(self._recipe_json, encoding="utf-8")
+                described = json.dumps(self._provenance | {SKIPPED: self._skipped}, indent=1)
+                (staged / RECIPE_NAME).write_text(described + "\n", encoding="utf-8")
                 if final.exists():
                     remove_checkpoint(final)
                 publish(staged, final)

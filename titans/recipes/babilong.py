@@ -1,0 +1,49 @@
+"""BABILong: models of `titans.recipes.needle` on bAbI's stories in books; they can start from its weights."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from titans.recipes.needle import needle_lmm, needle_mag, needle_mag_f256, needle_sliding
+from titans.tasks.settings import TaskSettings
+from titans.training.recipe import Recipe
+
+BABI = Path("runs/recall/babi.tar.xz")
+LENGTHS = (256, 512, 1024, 2048, 4096)
+TASKS = tuple(f"babilong_qa{number}" for number in range(1, 6))
+
+
+def babilong_mag() -> Recipe:
+    """needle_mag on qa1 to qa5 together."""
+    return _on_babilong(needle_mag())
+
+
+def babilong_mag_f256() -> Recipe:
+    """needle_mag_f256 on qa1 to qa5 together."""
+    return _on_babilong(needle_mag_f256())
+
+
+def babilong_lmm() -> Recipe:
+    """needle_lmm on qa1 to qa5 together."""
+    return _on_babilong(needle_lmm())
+
+
+def babilong_sliding() -> Recipe:
+    """needle_sliding on qa1 to qa5 together: what needs no memory."""
+    return _on_babilong(needle_sliding())
+
+
+def babilong_qa1_mag() -> Recipe:
+    """needle_mag on qa1: where somebody went last."""
+    return _on_babilong(needle_mag(), TASKS[:1])
+
+
+def babilong_qa1_mag_f256() -> Recipe:
+    """needle_mag_f256 on qa1."""
+    return _on_babilong(needle_mag_f256(), TASKS[:1])
+
+
+def _on_babilong(recipe: Recipe, tasks: tuple[str, ...] = TASKS) -> Recipe:
+    assert isinstance(recipe.data, TaskSettings)
+    # An answer is one word: more tokens a row would leave a batch with next to nothing to learn from.
+    data = replace(recipe.data, tasks=tasks, babi=BABI, lengths=LENGTHS, questions=6)
+    return replace(recipe, data=data)
