@@ -46,4 +46,5 @@ def _on_babilong(recipe: Recipe, tasks: tuple[str, ...] = TASKS) -> Recipe:
     assert isinstance(recipe.data, TaskSettings)
     # An answer is one word: more tokens a row would leave a batch with next to nothing to learn from.
     data = replace(recipe.data, tasks=tasks, babi=BABI, lengths=LENGTHS, questions=6)
-    return replace(recipe, data=data)
+    # Facts are harder to tell from a book's sentences than needles are: a high price would forbid both.
+    return replace(recipe, data=data, training=replace(recipe.training, write_penalty=1.0))
