@@ -38,6 +38,7 @@ from titans.ops.kernels.linear import (
 from titans.ops.kernels.mlp_backward import (
     mlp_finish,
     mlp_read_backward_1,
+    mlp_read_backward_1a,
     mlp_read_backward_2,
     mlp_write_backward,
 )
@@ -46,12 +47,12 @@ from titans.ops.kernels.mlp_forward import mlp_read, mlp_write
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "kernel_resources.json"
 
-INTEGERS = {"num_rows", "group_start", "group_end", "stride", "T", "tokens"}
+INTEGERS = {"num_rows", "group_start", "group_end", "stride", "segment", "number", "T", "tokens"}
 INDICES = {"table": "*i64", "cell_row": "*i32", "arrived": "*i32"}
 # Gates, the state between groups, the LN and the gradients of these are fp32 for every dtype of q, k and v.
 FP32 = re.compile(
     r"vectors\d?|(grad_)?(gain|bias|weight|theta|log_decay|log_momentum|first\d|end\d)|rows_(in|out)|gate_parts\d?|exchange"
-    r"|\w+_(state|anchor)"
+    r"|kept_(W\d?|S)|\w+_(state|anchor)"
 )
 
 
@@ -94,6 +95,7 @@ def compiled_kernels() -> Iterator[Configuration]:
         mlp_read: mlp_passes.READ,
         mlp_read_backward_2: mlp_passes.READ_BACKWARD_2,
         mlp_read_backward_1: mlp_passes.READ_BACKWARD_1,
+        mlp_read_backward_1a: mlp_passes.READ_BACKWARD_1,
         mlp_write_backward: mlp_passes.WRITE_BACKWARD,
         mlp_finish: mlp_passes.FINISH,
     }
@@ -124,6 +126,7 @@ def _configuration(kernel: Any, launch: Launch, dtype: str, sizes: dict[str, int
         "SHARED": True,
         "EXACT": exact,
         "KEEP": True,
+        "AGAIN": False,
         "PRECISION": "ieee" if exact else "tf32",
         "ACT": "gelu",
     }

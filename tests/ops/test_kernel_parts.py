@@ -83,7 +83,8 @@ class InProcesses:
 def test_parts_agree_with_the_oracle(expansion, monkeypatch):
     """Outputs, final state and every gradient, several heads, rows and chunks: more places than processes."""
     spec = MemorySpec(dim=16, depth=2, expansion=expansion)
-    inputs = random_inputs(spec, batch=2, tokens=37)
+    # No step of a row is empty: of a place without work one process could take both parts, and end early.
+    inputs = random_inputs(spec, batch=2, tokens=49, position=[15, 15])
     expected = evaluate(inputs, "chunked")
     parts = spec.layer_shapes[0][1] // COLUMNS
     monkeypatch.setattr(Call, "one_after_another", False)
@@ -93,7 +94,7 @@ def test_parts_agree_with_the_oracle(expansion, monkeypatch):
         monkeypatch.setattr(mlp_passes, name, kernels[-1])
         monkeypatch.setattr(mlp_passes, launch, Launch(warps=4, block=COLUMNS))
     actual = evaluate(inputs.cast(torch.float32), "triton")
-    assert [kernel.launches for kernel in kernels] == [2, 1]
+    assert [kernel.launches for kernel in kernels] == [4 + 1, 1]  # of four segments, which become one launch
     for name, value in expected.items():
         if value.is_floating_point() and value.numel():
             assert relative_error(actual[name], value) < 1e-4, name

@@ -85,6 +85,42 @@ def test_groups_of_one_step(spec, monkeypatch):
     assert worst_error(random_inputs(spec), torch.float32)[0] < FP32
 
 
+@pytest.mark.parametrize("spec", [LINEAR, MLP], ids=["linear", "mlp"])
+@pytest.mark.parametrize("documents", [None, (5, 0, 40, 17, 1)], ids=["dense", "packed"])
+def test_segments_change_no_bit(spec, documents, monkeypatch):
+    """Segments of one, two and all steps of a group, groups of several steps."""
+    inputs = random_inputs(spec, tokens=55, documents=documents).cast(torch.float32)
+    kind = passes._group_kind(spec)
+    numbers = kind.numbers_per_cell(spec, 16) * 4 * 2
+    results = []
+    for cells, programs in ((8, 1), (8, 1000), (8, 8), (100, 12), (100, 1)):
+        monkeypatch.setattr(passes, "SCRATCH_BYTES", cells * numbers)
+        monkeypatch.setattr(kind, "PROGRAMS", programs)
+        results.append(evaluate(inputs, "triton"))
+    for name, value in results[0].items():
+        for other in results[1:]:
+            if name in ("grad norm_weight", "grad norm_bias"):  # added up group by group
+                assert relative_error(other[name], value) < 1e-6
+            else:
+                assert torch.equal(other[name], value), name
+
+
+def test_every_segment_has_a_slot_of_its_own():
+    position = torch.tensor([3, 5, 15], dtype=torch.int32)
+    packed = torch.tensor([0, 20, 20, 70], dtype=torch.int32)
+    for batch, tokens, documents in ((3, 150, None), (1, 70, packed)):
+        plan = make_plan(batch, tokens, 16, position, documents)
+        for cells, pieces in ((4, 1), (9, 2), (12, 3), (100, 1), (100, 4)):
+            groups = plan.sizes.groups(cells, pieces)
+            slots = []
+            for row, (_, _, _, base, count) in enumerate(plan.table.T.tolist()):
+                steps = range(base // plan.stride, base // plan.stride + count)
+                starts = [n for n, step in enumerate(steps) if n == 0 or step % groups.segment == 0]
+                slots += [(steps[n] // groups.segment) * plan.stride + row for n in starts]
+            assert len(set(slots)) == len(slots)
+            assert max(slots) < groups.slots
+
+
 @pytest.mark.parametrize("gate", ["log_decay", "log_momentum"])
 def test_gates_that_are_exactly_zero(gate):
     """alpha = 1 and eta = 0: no NaN, and no gradient at -inf."""
@@ -171,7 +207,7 @@ def test_the_plan_covers_every_chunk_once():
         assert all(int(plan.cell_row[cell]) == row for cell, row in cells)
         lengths = torch.where(end > begin, end - first, 0)
         assert torch.equal((lengths + 15) // 16, count)
-        covered = [cell for group in plan.sizes.groups(4) for cell in range(*group)]
+        covered = [cell for group in plan.sizes.groups(4).bounds for cell in range(*group)]
         assert covered == list(range(plan.sizes.cells))
 
 

@@ -24,7 +24,7 @@ NORM_EPS = tl.constexpr(1e-6)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Arguments that change with lengths and batches: Triton would compile anew for 1 and for multiples of 16.
-SIZES = ["num_rows", "group_start", "group_end", "stride"]
+SIZES = ["num_rows", "group_start", "group_end", "stride", "segment", "number"]
 
 
 @triton.jit
@@ -44,6 +44,19 @@ def chunks_of_group(base, count, stride, group_start, group_end):
     low = (tl.maximum(group_start - base, 0) + stride - 1) // stride
     high = (tl.maximum(group_end - base, 0) + stride - 1) // stride
     return tl.minimum(low, count), tl.minimum(high, count)
+
+
+@triton.jit
+def slot_of_segment(base, n, stride, segment, row):
+    """Where the state at the start of chunk n, the first one of a segment, is kept (`plan.Groups`)."""
+    return (base // stride + n) // segment * stride + row
+
+
+@triton.jit
+def chunks_of_segment(base, low, high, stride, group_start, segment, number):
+    """Those of a row's chunks low to high that lie in a group's segment of that number."""
+    start = group_start // stride + number * segment - base // stride
+    return tl.maximum(low, start), tl.minimum(high, start + segment)
 
 
 @triton.jit

@@ -30,11 +30,12 @@ from titans.ops.kernels.functions import (
     row_of,
 )
 
-# Rows of what one layer's reads leave for the gates, `[layers, cells, H, 3, C]` fp32.
+# Rows of what one layer's reads leave for the gates, `[layers, cells, H, GRAD_ROWS, C]` fp32.
 GRAD_THETA = tl.constexpr(0)  # of theta, through A
 GRAD_ROW = tl.constexpr(1)  # <gradient of the read at t, what it read>: the row sums of X and of beta, c
-GRAD_COLUMN = tl.constexpr(2)  # column sums of X
-GRAD_ROWS = tl.constexpr(3)
+GRAD_COLUMN = tl.constexpr(2)  # column sums of X, without what passes through c
+GRAD_FEED = tl.constexpr(3)  # of c
+GRAD_ROWS = tl.constexpr(4)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -86,7 +87,7 @@ def gate_vectors(
 
 @triton.jit
 def read_gate_gradients(
-    grad_mix_CC, grad_feed, grad_row, vectors, out, real, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT:
+    grad_mix_CC, grad_feed, grad_row, vectors, out, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT:
     tl.constexpr ):  # fmt: skip
     """From the reads of one layer: grad_mix is that of A theta `[t, i]`, grad_feed that of c,
     grad_row `<gradient of the read at t, what it read>`."""
@@ -102,25 +103,25 @@ def read_gate_gradients(
     tl.store(out + GRAD_ROW * C + slots, grad_row)
     grad_CC = grad_mix_CC * theta[None, :]
     if MOMENTUM:
-        hold = tl.where(real, tl.exp(tl.cumsum(log_e, 0)), 0.0)
         # fp32 or tf32: log eta's gradient is a difference of two large sums.
         if EXACT:
             grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="ieee")
         else:
             grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="tf32")
-        grad_CC += grad_feed[:, None] * hold[None, :]
+        tl.store(out + GRAD_FEED * C + slots, grad_feed)
     tl.store(out + GRAD_COLUMN * C + slots, tl.sum(decay_CC * grad_CC, 0))
 
 
 @triton.jit
 def finish_gate_gradients(
-    grad_theta, grad_row, grad_column, grad_last_W, grad_last_S, grad_beta, grad_feed, grad_hold,
+    grad_theta, grad_row, grad_column, grad_feeds, grad_last_W, grad_last_S, grad_beta, grad_feed, grad_hold,
     vectors, theta_out, decay_out, momentum_out, at, real, last,
     C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Adds the carry's share (its gates are those of the chunk's last token) and stores the gradients of
     theta, log_decay and log_momentum at `at`. grad_last_W and grad_last_S are gradients of
-    theta A[last, :] and theta H[last, :]; the three scalars are those of END."""
+    theta A[last, :] and theta H[last, :], grad_feeds those of c at the reads; the three scalars are those of
+    END."""
     slots = tl.arange(0, C)
     theta = tl.load(vectors + THETA * C + slots)
     log_a = tl.load(vectors + LOG_DECAY * C + slots)
@@ -141,6 +142,7 @@ def finish_gate_gradients(
         momentum_CC = products(log_e, C, EXACT)
         grad_theta += grad_last_S * last_S
         at_end += feed_end * grad_feed
+        grad_column += hold * tl.sum(decay_CC * grad_feeds[:, None], 0)
         grad_column += last_decay * (tl.sum(momentum_CC * grad_A[None, :], 1) + grad_feed * hold)
         at_momentum_end = tl.sum(grad_last_S * theta * last_S, 0) + hold_end * grad_hold
         of_log_e = grad_column - theta * grad_theta + tl.where(is_last, at_momentum_end, 0.0)

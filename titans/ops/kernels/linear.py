@@ -27,12 +27,15 @@ from titans.ops.kernels.functions import (
     SIZES,
     THETA,
     chunks_of_group,
+    chunks_of_segment,
     matmul,
     mixing,
     row_of,
+    slot_of_segment,
 )
 from titans.ops.kernels.gates import (
     GRAD_COLUMN,
+    GRAD_FEED,
     GRAD_ROW,
     GRAD_ROWS,
     GRAD_THETA,
@@ -43,24 +46,41 @@ from titans.ops.kernels.gates import (
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_write(
-    k, v, vectors, table, W_state, S_state, first_anchor, end_anchor, W_start, S_start, G_out,
-    num_rows, group_start, group_end, stride,
+    k, v, vectors, table, W_state, S_state, first_anchor, end_anchor, kept_W, kept_S, W_start, S_start, G_out,
+    num_rows, group_start, group_end, stride, segment, number,
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, KEEP: tl.constexpr, AGAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (D / BV, rows x H). W_state and S_state `[rows, H, D, D]` fp32 are read and written."""
-    row, head = tl.program_id(1) // H, tl.program_id(1) % H
+    """Grid (D / BV, rows x H), one segment of the group, the one of that number. W_state and S_state `[rows,
+    H, D, D]` fp32 are read and written. KEEP: kept_W and kept_S `[slots, H, D, D]` fp32 get those at the
+    segment's start. AGAIN: the backward's, grid (D / BV, segments x rows x H), all segments at once from
+    their kept states."""
+    head, row = tl.program_id(1) % H, tl.program_id(1) // H % num_rows
     begin, end, first, base, count = row_of(table, row, num_rows)
     low, high = chunks_of_group(base, count, stride, group_start, group_end)
+    if AGAIN:
+        number = tl.program_id(1) // H // num_rows
+    low, high = chunks_of_segment(base, low, high, stride, group_start, segment, number)
     if low >= high:
         return
     slots, of_D = tl.arange(0, C), tl.arange(0, D)
     columns = tl.program_id(0) * BV + tl.arange(0, BV)
     tile_DV = of_D[:, None] * D + columns[None, :]
     state = (row.to(tl.int64) * H + head) * D * D
-    W_DV = tl.load(W_state + state + tile_DV)
-    if MOMENTUM:
-        S_DV = tl.load(S_state + state + tile_DV)
+    kept = (slot_of_segment(base, low, stride, segment, row) * H + head) * D * D
+    if AGAIN:
+        W_DV = tl.load(kept_W + kept + tile_DV)
+        if MOMENTUM:
+            S_DV = tl.load(kept_S + kept + tile_DV)
+    else:
+        W_DV = tl.load(W_state + state + tile_DV)
+        if MOMENTUM:
+            S_DV = tl.load(S_state + state + tile_DV)
+        if KEEP:
+            tl.store(kept_W + kept + tile_DV, W_DV)
+            if MOMENTUM:
+                tl.store(kept_S + kept + tile_DV, S_DV)
     dtype = k.dtype.element_ty
     if low == 0:
         anchor_DV = tl.load(first_anchor + state + tile_DV).to(dtype)
@@ -71,8 +91,9 @@ def linear_write(
     for n in range(low, high):
         at = (base + n * stride - group_start) * H + head
         tl.store(W_start + at * D * D + tile_DV, W_DV.to(dtype))
-        if (n == count - 1) & (n > 0):
-            tl.store(end_anchor + state + tile_DV, W_DV)
+        if not AGAIN:  # noqa: SIM102 (a constant)
+            if (n == count - 1) & (n > 0):
+                tl.store(end_anchor + state + tile_DV, W_DV)
         token = first + n * C + slots
         real = (token >= begin) & (token < end)
         rows_C = (token * H + head) * D
@@ -97,9 +118,10 @@ def linear_write(
             S_DV += matmul(K_DC, (to_S[:, None] * G_CV).to(dtype), PRECISION)
         W_DV = W_new + matmul(K_DC, (to_W[:, None] * G_CV).to(dtype), PRECISION)
         anchor_DV = W_DV.to(dtype)
-    tl.store(W_state + state + tile_DV, W_DV)
-    if MOMENTUM:
-        tl.store(S_state + state + tile_DV, S_DV)
+    if not AGAIN:
+        tl.store(W_state + state + tile_DV, W_DV)
+        if MOMENTUM:
+            tl.store(S_state + state + tile_DV, S_DV)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -152,7 +174,7 @@ def linear_read_backward(
     RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cells, H). Writes grad_q, the reads' parts of grad_k, grad_G `[cells, H, C, D]`, grad_W and
-    grad_S `[cells, H, D, D]` and `gate_parts [cells, H, 3, C]`."""
+    grad_S `[cells, H, D, D]` and `gate_parts [cells, H, GRAD_ROWS, C]`."""
     cell, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
@@ -215,7 +237,7 @@ def linear_read_backward(
     dK_DC = matmul(Q_DC, grad_scores_CC, PRECISION)
     tl.store(grad_k + at_DC, dK_DC.to(grad_k.dtype.element_ty), mask=real[None, :])
     parts = gate_parts + at * GRAD_ROWS * C
-    read_gate_gradients(grad_mix_CC, grad_feed, grad_row, gates, parts, real, C, MOMENTUM, EXACT)
+    read_gate_gradients(grad_mix_CC, grad_feed, grad_row, gates, parts, C, MOMENTUM, EXACT)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -349,9 +371,12 @@ def linear_finish(
         dK_CD += 2.0 * tl.load(grad_G + at * C * D + slots[:, None] * D + of_D[None, :]).to(tl.float32)
     tl.store(grad_k + at_CD, dK_CD.to(grad_k.dtype.element_ty), mask=real[:, None])
     parts = gate_parts + at * GRAD_ROWS * C
+    grad_feeds = tl.zeros([C], tl.float32)
+    if MOMENTUM:
+        grad_feeds = tl.load(parts + GRAD_FEED * C + slots)
     finish_gate_gradients(
         tl.load(parts + GRAD_THETA * C + slots), tl.load(parts + GRAD_ROW * C + slots),
-        tl.load(parts + GRAD_COLUMN * C + slots), grad_last_W, grad_last_S, dW_W, dW_S, dS_S,
+        tl.load(parts + GRAD_COLUMN * C + slots), grad_feeds, grad_last_W, grad_last_S, dW_W, dW_S, dS_S,
         gates, grad_theta, grad_log_decay, grad_log_momentum, token * H + head, real,
         tl.minimum(end - first - step * C, C) - 1, C, MOMENTUM, EXACT,
     )  # fmt: skip

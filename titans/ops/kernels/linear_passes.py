@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from titans.ops.kernels.dispatch import run_kernel
+from titans.ops.kernels.gates import GRAD_ROWS
 from titans.ops.kernels.launch import Call, Launch
 from titans.ops.kernels.linear import (
     linear_finish,
@@ -16,6 +18,7 @@ from titans.ops.kernels.linear import (
     linear_write,
     linear_write_backward,
 )
+from titans.ops.kernels.plan import Groups
 from titans.ops.spec import MemorySpec
 
 WRITE = Launch(warps=4, stages=2, block=32)
@@ -35,6 +38,16 @@ class LinearGroup:
     W_start: Tensor
     S_start: Tensor
     G: Tensor
+
+    PROGRAMS: ClassVar[int] = 256  # that `write` runs at once in the backward: two a core
+
+    @staticmethod
+    def programs_per_head(spec: MemorySpec) -> int:
+        return max(1, spec.dim // WRITE.block)
+
+    @staticmethod
+    def momentum_dtype(dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
 
     @staticmethod
     def numbers_per_cell(spec: MemorySpec, chunk_size: int) -> int:
@@ -59,19 +72,34 @@ class LinearGroup:
         momentum: list[Tensor],
         first: list[Tensor],
         end: list[Tensor],
-        keep: bool,
+        kept: list[Tensor],
+        groups: Groups,
     ) -> None:
-        """Moves weights and momentum on to the end of the group, in place. keep: `backward` follows; nothing
-        is stored for it alone."""
+        """Moves weights and momentum on to the end of the group, in place. kept: [], or gets its segments."""
+        states = [*weights, *(momentum or weights), *first, *end]
+        segment = groups.segment if kept else self.group[1] - self.group[0]  # one
+        for number in range(groups.segments(self.group, self.call.plan.stride) if kept else 1):
+            self._write(states, kept, (segment, number), 1, again=False)
+
+    def write_again(self, first: list[Tensor], kept: list[Tensor], groups: Groups) -> None:
+        """The same from the kept states: what `backward` needs."""
+        segments = groups.segments(self.group, self.call.plan.stride)
+        self._write(
+            first * 4, kept, (groups.segment, 0), segments, again=True
+        )  # all but `first` are left alone
+
+    def _write(
+        self, states: list[Tensor], kept: list[Tensor], segment: tuple[int, int], segments: int, again: bool
+    ) -> None:
         call, plan = self.call, self.call.plan
+        kept_W, *kept_S = kept or states[:1]
         block = min(WRITE.block, call.D)
-        S = momentum[0] if call.momentum else weights[0]
         run_kernel(
-            linear_write, (call.D // block, plan.rows * call.H), WRITE.options,
-            call.k, call.v, self.vectors, plan.table, weights[0], S, first[0], end[0],
+            linear_write, (call.D // block, segments * plan.rows * call.H), WRITE.options,
+            call.k, call.v, self.vectors, plan.table, *states, kept_W, *(kept_S or [kept_W]),
             self.W_start, self.S_start, self.G,
-            plan.rows, *self.group, plan.stride, call.H, call.D, block, call.C,
-            call.spec.residual, call.momentum, call.precision,
+            plan.rows, *self.group, plan.stride, *segment, call.H, call.D, block, call.C,
+            call.spec.residual, call.momentum, bool(kept) and not again, again, call.precision,
         )  # fmt: skip
 
     def read(self, output: Tensor) -> None:
@@ -95,7 +123,7 @@ class LinearGroup:
         """After `write`: gradients of the tokens go to the call's, those of the state move back in place."""
         call, plan, grads = self.call, self.call.plan, self.call.grads
         cells, D, C = self.group[1] - self.group[0], call.D, call.C
-        parts = call.scratch(cells, call.H, 3, C, dtype=torch.float32)
+        parts = call.scratch(cells, call.H, GRAD_ROWS.value, C, dtype=torch.float32)
         grad_G = torch.empty_like(self.G)
         grad_W, W_end = call.scratch(cells, call.H, D, D), call.scratch(cells, call.H, D, D)
         grad_S, S_end = grad_W, W_end

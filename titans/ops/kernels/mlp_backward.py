@@ -1,7 +1,8 @@
 """Kernels of the two-layer memory, backward. Names and tiles as in mlp_forward.py.
 
 read_backward_2  parallel  the reads again, then back through LN and the second layer's scores
-read_backward_1  parallel  the rest of the reads: block by block through both layers
+read_backward_1a parallel  the rest of the reads: block by block through the second layer
+read_backward_1  parallel  and through the first
 write_backward   serial    back through the carry and the inner gradient, last chunk first
 finish           parallel  dK and the gates
 """
@@ -20,8 +21,6 @@ from titans.ops.kernels.functions import (
     ROWS,
     SIZES,
     THETA,
-    act,
-    act_curvature,
     act_slope,
     chunks_of_group,
     matmul,
@@ -37,6 +36,7 @@ from titans.ops.kernels.functions import (
 )
 from titans.ops.kernels.gates import (
     GRAD_COLUMN,
+    GRAD_FEED,
     GRAD_ROW,
     GRAD_ROWS,
     GRAD_THETA,
@@ -47,8 +47,8 @@ from titans.ops.kernels.mlp_forward import first_block, unseen_zero
 
 @triton.jit
 def gate_gradients_of_reads(
-    grad_mix_CC, mix_CC, grad_feed, grad_row, vectors, out, real, C: tl.constexpr, MOMENTUM: tl.constexpr,
-    EXACT: tl.constexpr, ):  # fmt: skip
+    grad_mix_CC, mix_CC, grad_row, vectors, out, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """`read_gate_gradients` with A, which costs a seventh of a kernel, as the caller has it."""
     slots = tl.arange(0, C)
     tl.store(out + GRAD_THETA * C + slots, tl.sum(grad_mix_CC * mix_CC, 0))
@@ -56,13 +56,11 @@ def gate_gradients_of_reads(
     grad_CC = grad_mix_CC * tl.load(vectors + THETA * C + slots)[None, :]
     if MOMENTUM:
         log_e = tl.load(vectors + LOG_MOMENTUM * C + slots)
-        hold = tl.where(real, tl.exp(tl.cumsum(log_e, 0)), 0.0)
         # fp32 or tf32: log eta's gradient is a difference of two large sums.
         if EXACT:
             grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="ieee")
         else:
             grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="tf32")
-        grad_CC += grad_feed[:, None] * hold[None, :]
     decay_CC = products(tl.load(vectors + LOG_DECAY * C + slots), C, EXACT)
     tl.store(out + GRAD_COLUMN * C + slots, tl.sum(decay_CC * grad_CC, 0))
 
@@ -70,14 +68,15 @@ def gate_gradients_of_reads(
 @triton.jit(do_not_specialize=SIZES)
 def mlp_read_backward_2(
     q, k, grad_y, gain, vectors1, vectors2, table, cell_row, W1_start, S1_start, W2_start, S2_start,
-    Z1_in, G1_in, G2_in, grad_Z2, mixed1_out, mixed2_out, grad_scores2, gate_parts2, grad_gain, grad_bias,
+    written_in, G1_in, G2_in, read_out, slope_out, grad_Z2, mixed1_out, mixed2_out, grad_scores2, gate_parts2,
+    grad_gain, grad_bias,
     num_rows, group_start, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, PRECISION:
     tl.constexpr, ):  # fmt: skip
-    """Grid (cells, H). Stores what the next kernel must load transposed: the gradient of the reads' Z2
-    `[cells, H, C, D]`, both layers' -(A theta o scores) and the gradient of the second's scores
-    `[cells, H, C, C]`."""
+    """Grid (cells, H). Stores the hidden rows that are read and act' there `[cells, H, C, F]`, and what the
+    next kernels must load transposed: the gradient of the reads' Z2 `[cells, H, C, D]`, both layers' -(A
+    theta o scores) and the gradient of the second's scores `[cells, H, C, C]`."""
     cell, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
@@ -104,7 +103,6 @@ def mlp_read_backward_2(
     if MOMENTUM:
         feed1 = tl.load(gates1 + FEED * C + slots)
         feed2 = tl.load(gates2 + FEED * C + slots)
-        by_S2_CD = tl.zeros([C, D], tl.float32)
     scores2_CC = tl.zeros([C, C], tl.float32)
     Z2_CD = tl.zeros([C, D], tl.float32)
     for index in range(first_block(step, F // BF), F // BF):
@@ -117,12 +115,17 @@ def mlp_read_backward_2(
         if MOMENTUM:
             Z1 += feed1[:, None] * matmul(Q_CD, tl.load(S1_start + tile), PRECISION)
         Z1 = matmul_add(mixed1_CC, tl.load(G1_in + tile_CB), Z1, PRECISION)
-        read_low = act(Z1, ACT).to(dtype)
-        written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT).to(dtype)
-        scores2_CC = matmul_add(read_low, tl.trans(written_C), scores2_CC, PRECISION)
-        Z2_CD = matmul_add(read_low, tl.trans(tl.load(W2_start + tile)), Z2_CD, PRECISION)
+        read_C, slope = act_slope(Z1, ACT)
+        tl.store(read_out + tile_CB, read_C.to(dtype))
+        tl.store(slope_out + tile_CB, slope.to(dtype))
+        written_C = tl.load(written_in + tile_CB)
+        scores2_CC = matmul_add(read_C.to(dtype), tl.trans(written_C), scores2_CC, PRECISION)
+        Z2_CD = matmul_add(
+            (beta2[:, None] * read_C).to(dtype), tl.trans(tl.load(W2_start + tile)), Z2_CD, PRECISION
+        )
         if MOMENTUM:
-            by_S2_CD = matmul_add(read_low, tl.trans(tl.load(S2_start + tile)), by_S2_CD, PRECISION)
+            S2_BD = tl.trans(tl.load(S2_start + tile))
+            Z2_CD = matmul_add((feed2[:, None] * read_C).to(dtype), S2_BD, Z2_CD, PRECISION)
     if SHARED:
         mix2_CC = mix1_CC
     else:
@@ -132,9 +135,7 @@ def mlp_read_backward_2(
     G2_CD = tl.load(G2_in + at_CD)
     mixed2_CC = (-weights2_CC * scores2_CC).to(dtype)
     tl.store(mixed2_out + square, mixed2_CC)
-    Z2_CD = matmul_add(mixed2_CC, G2_CD, beta2[:, None] * Z2_CD, PRECISION)
-    if MOMENTUM:
-        Z2_CD += feed2[:, None] * by_S2_CD
+    Z2_CD = matmul_add(mixed2_CC, G2_CD, Z2_CD, PRECISION)
     dZ2_CD = tl.load(grad_y + at_QD, mask=real[:, None], other=0.0).to(tl.float32)
     if NORM:
         normed, rstd = normalize(Z2_CD, D)
@@ -146,28 +147,80 @@ def mlp_read_backward_2(
     products_CC = matmul(low, tl.trans(G2_CD), PRECISION)
     tl.store(grad_scores2 + square, (-products_CC * weights2_CC).to(dtype))
     grad_mix_CC = tl.where(slots[:, None] >= slots[None, :], -products_CC * scores2_CC, 0.0)
-    grad_feed = tl.zeros([C], tl.float32)
-    if MOMENTUM:
-        grad_feed = tl.sum(dZ2_CD * by_S2_CD, 1)
     parts = gate_parts2 + at * GRAD_ROWS * C
     grad_row = tl.sum(dZ2_CD * Z2_CD, 1)
-    gate_gradients_of_reads(
-        grad_mix_CC, mix2_CC, grad_feed, grad_row, gates2, parts, real, C, MOMENTUM, EXACT
-    )
+    gate_gradients_of_reads(grad_mix_CC, mix2_CC, grad_row, gates2, parts, C, MOMENTUM, EXACT)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mlp_read_backward_1a(
+    vectors2, table, cell_row, W2_start, S2_start, written_in, read_in, slope_in, grad_Z2, mixed2_in,
+    grad_scores2, grad_Z1, grad_H, grad_G2, grad_W2, grad_S2, gate_parts2,
+    num_rows, group_start, stride,
+    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
+    MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cells, H). Back through the second layer's reads: gradients of G2, of the written hidden rows, of
+    the second layer's states and of the reads' Z1."""
+    cell, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(cell_row + group_start + cell)
+    _, _, _, base, count = row_of(table, row, num_rows)
+    step = (group_start + cell - base) // stride
+    if step >= count:
+        return
+    slots, of_D, of_B = tl.arange(0, C), tl.arange(0, D), tl.arange(0, BF)
+    at = cell.to(tl.int64) * H + head
+    gates2 = vectors2 + at * ROWS * C
+    square = at * C * C + slots[:, None] * C + slots[None, :]
+    square_T = at * C * C + slots[None, :] * C + slots[:, None]
+    dZ2_CD = tl.load(grad_Z2 + at * C * D + slots[:, None] * D + of_D[None, :])
+    dZ2_DC = tl.load(grad_Z2 + at * C * D + slots[None, :] * D + of_D[:, None])
+    dtype = dZ2_CD.dtype
+    dG2_DC = matmul(dZ2_DC, tl.load(mixed2_in + square), PRECISION)
+    tl.store(grad_G2 + at * C * D + slots[None, :] * D + of_D[:, None], dG2_DC.to(dtype))
+    dscores2_CC = tl.load(grad_scores2 + square)
+    dscores2_T = tl.load(grad_scores2 + square_T)
+    beta2 = tl.load(gates2 + BETA * C + slots)
+    grad_feed2 = tl.zeros([C], tl.float32)
+    if MOMENTUM:
+        feed2 = tl.load(gates2 + FEED * C + slots)
+    for index in range(first_block(step, F // BF), F // BF):
+        block = index ^ unseen_zero(index, 0)
+        zero = unseen_zero(index, 1)
+        in_C, in_D, in_B = slots + zero, of_D + zero, of_B + zero
+        tile = at * D * F + in_D[:, None] * F + block * BF + in_B[None, :]
+        tile_CB = at * C * F + in_C[:, None] * F + block * BF + in_B[None, :]
+        read_C = tl.load(read_in + tile_CB)
+        slope = tl.load(slope_in + tile_CB)
+        written_C = tl.load(written_in + tile_CB)
+        # Rows of results are scaled, not those of dZ2: these would stay in registers as operands.
+        dH = beta2[:, None] * matmul(dZ2_CD, tl.load(W2_start + tile), PRECISION)
+        if MOMENTUM:
+            by_S2 = matmul(dZ2_CD, tl.load(S2_start + tile), PRECISION)
+            grad_feed2 += tl.sum(read_C.to(tl.float32) * by_S2, 1)
+            dH += feed2[:, None] * by_S2
+        dH = matmul_add(dscores2_CC, written_C, dH, PRECISION)
+        tl.store(grad_Z1 + tile_CB, (dH * slope).to(dtype))
+        tl.store(grad_H + tile_CB, matmul(dscores2_T, read_C, PRECISION).to(dtype))
+        dW2 = matmul(dZ2_DC, (beta2[:, None] * read_C).to(dtype), PRECISION)
+        tl.store(grad_W2 + tile, dW2.to(dtype))
+        if MOMENTUM:
+            dS2 = matmul(dZ2_DC, (feed2[:, None] * read_C).to(dtype), PRECISION)
+            tl.store(grad_S2 + tile, dS2.to(dtype))
+    if MOMENTUM:
+        tl.store(gate_parts2 + at * GRAD_ROWS * C + GRAD_FEED * C + slots, grad_feed2)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mlp_read_backward_1(
-    q, k, grad_y, grad_q, vectors1, vectors2, table, cell_row, W1_start, S1_start, W2_start, S2_start,
-    Z1_in, G1_in, grad_Z2, mixed1_in, mixed2_in, grad_scores2,
-    grad_K_reads, grad_H, grad_G1, grad_G2, grad_W1, grad_S1, grad_W2, grad_S2, gate_parts1,
+    q, k, grad_y, grad_q, vectors1, table, cell_row, W1_start, S1_start, G1_in, grad_Z1, mixed1_in,
+    grad_K_reads, grad_G1, grad_W1, grad_S1, gate_parts1,
     num_rows, group_start, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cells, H). What the reads alone give: grad_q; of the keys (`grad_K_reads [cells, H, D, C]`), of
-    the written hidden rows and G1 `[cells, H, C, F]`, of G2, of the states at the chunk's start and of the
-    gates."""
+    """Grid (cells, H). Back through the first layer's reads: grad_q and the gradients of the keys
+    (`grad_K_reads [cells, H, D, C]`), of G1, of the first layer's states and of the gates."""
     cell, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
@@ -181,29 +234,15 @@ def mlp_read_backward_1(
     at_QD = rows_C[:, None] + of_D[None, :]
     at = cell.to(tl.int64) * H + head
     gates1 = vectors1 + at * ROWS * C
-    gates2 = vectors2 + at * ROWS * C
-    Q_CD = tl.load(q + at_QD, mask=real[:, None], other=0.0)
     Q_DC = tl.load(q + rows_C[None, :] + of_D[:, None], mask=real[None, :], other=0.0)
-    dtype = Q_CD.dtype
-    square = at * C * C + slots[:, None] * C + slots[None, :]
-    square_T = at * C * C + slots[None, :] * C + slots[:, None]
-    dZ2_CD = tl.load(grad_Z2 + at * C * D + slots[:, None] * D + of_D[None, :])
-    dZ2_DC = tl.load(grad_Z2 + at * C * D + slots[None, :] * D + of_D[:, None])
-    dG2_DC = matmul(dZ2_DC, tl.load(mixed2_in + square), PRECISION)
-    tl.store(grad_G2 + at * C * D + slots[None, :] * D + of_D[:, None], dG2_DC.to(dtype))
-    mixed1_CC = tl.load(mixed1_in + square)
-    mixed1_T = tl.load(mixed1_in + square_T)
-    dscores2_CC = tl.load(grad_scores2 + square)
-    dscores2_T = tl.load(grad_scores2 + square_T)
+    dtype = Q_DC.dtype
+    mixed1_T = tl.load(mixed1_in + at * C * C + slots[None, :] * C + slots[:, None])
     beta1 = tl.load(gates1 + BETA * C + slots)
-    beta2 = tl.load(gates2 + BETA * C + slots)
     dQ_CD = tl.zeros([C, D], tl.float32)
     products_CC = tl.zeros([C, C], tl.float32)  # dZ1 G1^T
-    grad_row = tl.zeros([C], tl.float32)
-    grad_feed = tl.zeros([C], tl.float32)
+    by_S1_CD = tl.zeros([C, D], tl.float32)
     if MOMENTUM:
         feed1 = tl.load(gates1 + FEED * C + slots)
-        feed2 = tl.load(gates2 + FEED * C + slots)
     for index in range(first_block(step, F // BF), F // BF):
         block = index ^ unseen_zero(index, 0)
         zero = unseen_zero(index, 1)
@@ -211,53 +250,38 @@ def mlp_read_backward_1(
         tile = at * D * F + in_D[:, None] * F + block * BF + in_B[None, :]
         tile_CB = at * C * F + in_C[:, None] * F + block * BF + in_B[None, :]
         W1 = tl.load(W1_start + tile)
-        G1 = tl.load(G1_in + tile_CB)
-        # Rows of results are scaled, not those of Q and dZ2: these would stay in registers as operands.
-        Z1 = beta1[:, None] * matmul(Q_CD, W1, PRECISION)
+        dZ1 = tl.load(grad_Z1 + tile_CB)
+        tl.store(grad_G1 + tile_CB, matmul(mixed1_T, dZ1, PRECISION).to(dtype))
+        products_CC = matmul_add(dZ1, tl.trans(tl.load(G1_in + tile_CB)), products_CC, PRECISION)
+        dQ_CD = matmul_add(dZ1, tl.trans(W1), dQ_CD, PRECISION)
+        dW1 = matmul(Q_DC, (beta1[:, None] * dZ1).to(dtype), PRECISION)
+        tl.store(grad_W1 + tile, dW1.to(dtype))
         if MOMENTUM:
-            S1 = tl.load(S1_start + tile)
-            Z1 += feed1[:, None] * matmul(Q_CD, S1, PRECISION)
-        Z1 = matmul_add(mixed1_CC, G1, Z1, PRECISION)
-        read_C, slope = act_slope(Z1, ACT)
-        read_low = read_C.to(dtype)
-        written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT).to(dtype)
-        dH = beta2[:, None] * matmul(dZ2_CD, tl.load(W2_start + tile), PRECISION)
-        if MOMENTUM:
-            dH += feed2[:, None] * matmul(dZ2_CD, tl.load(S2_start + tile), PRECISION)
-        dH = matmul_add(dscores2_CC, written_C, dH, PRECISION)
-        dH *= slope
-        grad_row += tl.sum(dH * Z1, 1)
-        dZ1_low = dH.to(dtype)
-        tl.store(grad_H + tile_CB, matmul(dscores2_T, read_low, PRECISION).to(dtype))
-        dW2 = matmul(dZ2_DC, (beta2[:, None] * read_low).to(dtype), PRECISION)
-        tl.store(grad_W2 + tile, dW2.to(dtype))
-        if MOMENTUM:
-            dS2 = matmul(dZ2_DC, (feed2[:, None] * read_low).to(dtype), PRECISION)
-            tl.store(grad_S2 + tile, dS2.to(dtype))
-        tl.store(grad_G1 + tile_CB, matmul(mixed1_T, dZ1_low, PRECISION).to(dtype))
-        products_CC = matmul_add(dZ1_low, tl.trans(G1), products_CC, PRECISION)
-        by_beta = (beta1[:, None] * dZ1_low).to(dtype)
-        tl.store(grad_W1 + tile, matmul(Q_DC, by_beta, PRECISION).to(dtype))
-        dQ_CD = matmul_add(by_beta, tl.trans(W1), dQ_CD, PRECISION)
-        if MOMENTUM:
-            by_feed = (feed1[:, None] * dZ1_low).to(dtype)
-            tl.store(grad_S1 + tile, matmul(Q_DC, by_feed, PRECISION).to(dtype))
-            dQ_CD = matmul_add(by_feed, tl.trans(S1), dQ_CD, PRECISION)
-            grad_feed += tl.sum(dH * matmul(Q_CD, S1, PRECISION), 1)
+            by_S1_CD = matmul_add(dZ1, tl.trans(tl.load(S1_start + tile)), by_S1_CD, PRECISION)
+            dS1 = matmul(Q_DC, (feed1[:, None] * dZ1).to(dtype), PRECISION)
+            tl.store(grad_S1 + tile, dS1.to(dtype))
+    dQ_CD *= beta1[:, None]
+    Q_CD = tl.load(q + at_QD, mask=real[:, None], other=0.0)
     K_CD = tl.load(k + at_QD, mask=real[:, None], other=0.0)
     mix_CC = mixing(gates1, slots, C, MOMENTUM, EXACT)
     weights1_CC = mix_CC * tl.load(gates1 + THETA * C + slots)[None, :]
     scores1_CC = matmul(Q_CD, tl.trans(K_CD), PRECISION)
     dscores1_CC = (-products_CC * weights1_CC).to(dtype)
+    if MOMENTUM:
+        grad_feed = tl.sum(Q_CD.to(tl.float32) * by_S1_CD, 1)
+        dQ_CD += feed1[:, None] * by_S1_CD
+    grad_mix_CC = tl.where(slots[:, None] >= slots[None, :], -products_CC * scores1_CC, 0.0)
+    grad_row = tl.sum(Q_CD.to(tl.float32) * dQ_CD, 1) + tl.sum(grad_mix_CC * weights1_CC, 1)
     dQ_CD = matmul_add(dscores1_CC, K_CD, dQ_CD, PRECISION)
     if RESIDUAL:
         dQ_CD += tl.load(grad_y + at_QD, mask=real[:, None], other=0.0).to(tl.float32)
     tl.store(grad_q + at_QD, dQ_CD.to(grad_q.dtype.element_ty), mask=real[:, None])
     dK_DC = matmul(Q_DC, dscores1_CC, PRECISION)
     tl.store(grad_K_reads + at * D * C + of_D[:, None] * C + slots[None, :], dK_DC.to(dtype))
-    grad_mix_CC = tl.where(slots[:, None] >= slots[None, :], -products_CC * scores1_CC, 0.0)
     parts = gate_parts1 + at * GRAD_ROWS * C
-    gate_gradients_of_reads(grad_mix_CC, mix_CC, grad_feed, grad_row, gates1, parts, real, C, MOMENTUM, EXACT)
+    gate_gradients_of_reads(grad_mix_CC, mix_CC, grad_row, gates1, parts, C, MOMENTUM, EXACT)
+    if MOMENTUM:
+        tl.store(parts + GRAD_FEED * C + slots, grad_feed)
 
 
 @triton.jit
@@ -275,9 +299,9 @@ def move_back(dS_here, dW_here, from_reads, dS_before, dS_state, last, tile, end
 @triton.jit(do_not_specialize=SIZES)
 def mlp_write_backward(
     k, gain, vectors1, vectors2, table, dW1_state, dS1_state, dW2_state, dS2_state,
-    grad_first1, grad_first2, grad_end1, grad_end2, W1_start, W2_start, G2_in, normed_in, GN_in, rows_in,
-    grad_H, grad_G1, grad_G2, grad_W1, grad_S1, grad_W2, grad_S2, dW1_end, dS1_end, dW2_end, dS2_end,
-    grad_Z2, complete_Z1, complete_G2, exchange, arrived,
+    grad_first1, grad_first2, grad_end1, grad_end2, W2_start, written_in, slope_in, bend_in, G2_in, normed_in,
+    GN_in, rows_in, grad_H, grad_G1, grad_G2, grad_W1, grad_S1, grad_W2, grad_S2,
+    dW1_end, dS1_end, dW2_end, dS2_end, grad_Z2, complete_Z1, complete_G2, exchange, arrived,
     num_rows, group_start, group_end, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     NORM: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
@@ -285,7 +309,7 @@ def mlp_write_backward(
     """Grid (rows x H x F / BF), see `mlp_write`. complete_Z1 and complete_G2 get the gradients of the
     written Z1 and of G2, `*_end` those of the state at the chunk's end."""
     PARTS: tl.constexpr = F // BF
-    place = place_of(arrived + num_rows * H, PARTS)
+    place = place_of(arrived, PARTS)
     part, row, head = place % PARTS, place // PARTS // H, place // PARTS % H
     begin, end, first, base, count = row_of(table, row, num_rows)
     low, high = chunks_of_group(base, count, stride, group_start, group_end)
@@ -317,10 +341,8 @@ def mlp_write_backward(
         tile = of_D[:, None] * F + of_B[None, :]
         tile_CB = slots[:, None] * F + of_B[None, :]
         K_CD = tl.load(k + rows + slots[:, None] * (H * D) + of_D[None, :], mask=real[:, None], other=0.0)
-        G2_CD = tl.load(G2_in + at * C * D + slots[:, None] * D + of_D[None, :])
         G2_DC = tl.load(G2_in + at * C * D + slots[None, :] * D + of_D[:, None])
         anchor = tl.where(n == 0, anchor_slot, here)
-        W1 = tl.load(W1_start + anchor + tile)
         W2 = tl.load(W2_start + anchor + tile)
         theta1 = tl.load(gates1 + THETA * C + slots)
         theta2 = tl.load(gates2 + THETA * C + slots)
@@ -338,13 +360,9 @@ def mlp_write_backward(
             low_dS1 = tl.load(dS1_end + here + tile)
             low_dS2 = tl.load(dS2_end + here + tile)
             dG1 = matmul_add((of_S1[:, None] * K_CD).to(dtype), low_dS1, dG1, PRECISION)
-        # Z1 again: it was rounded, too. Loaded it comes in a layout of its own, for which Triton computes
-        # the activation once more.
-        Z1 = matmul(K_CD, W1, PRECISION).to(dtype)
-        hidden_C, slope_C, bend_C = act_curvature(Z1.to(tl.float32), ACT)
-        hidden_C = hidden_C.to(dtype)  # half the registers, as what follows
-        slope_C = slope_C.to(dtype)
-        bend_C = (bend_C * matmul(G2_CD, W2, PRECISION) * dG1).to(dtype)
+        hidden_C = tl.load(written_in + hidden + tile_CB)
+        slope_C = tl.load(slope_in + hidden + tile_CB)
+        bend_C = (tl.load(bend_in + hidden + tile_CB) * dG1).to(dtype)
         gated_C = (dG1 * slope_C).to(dtype)  # gradient of G2 W2^T
         at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
         dG2_CD = tl.load(grad_G2 + at_CD, mask=(slots >= part * C)[:, None], other=0.0).to(tl.float32)
@@ -366,7 +384,7 @@ def mlp_write_backward(
             tl.store(dW2_state + state + tile, dW2)
         dW1 = tl.where(n == 0, 0.0, dW1)
         dW2 = matmul_add(G2_DC, gated_C, tl.where(n == 0, 0.0, dW2), PRECISION)
-        dG2_CD = sum_of_parts(dG2_CD, exchange, arrived + place // PARTS, part, index - low, PARTS, C, D)
+        dG2_CD = sum_of_parts(dG2_CD, exchange, arrived + 1 + place // PARTS, part, index - low, PARTS, C, D)
         zero = unseen_zero(index, 2)
         slots, of_D, of_B = tl.arange(0, C) + zero, tl.arange(0, D) + zero, tl.arange(0, BF) + zero
         at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
@@ -438,7 +456,7 @@ def mlp_write_backward(
 @triton.jit(do_not_specialize=SIZES)
 def mlp_finish(
     k, v, gain, bias, grad_k, grad_v, vectors1, vectors2, table, cell_row,
-    W1_start, S1_start, W2_start, S2_start, Z1_in, G1_in, G2_in, normed_in, rows_in,
+    W1_start, S1_start, W2_start, S2_start, written_in, G1_in, G2_in, normed_in, rows_in,
     grad_K_reads, grad_Z1, grad_G2, grad_gain, grad_bias, dW1_end, dS1_end, dW2_end, dS2_end,
     gate_parts1, gate_parts2, grad_theta, grad_log_decay, grad_log_momentum,
     num_rows, group_start, group_end, stride,
@@ -461,15 +479,12 @@ def mlp_finish(
     at = cell.to(tl.int64) * H + head
     anchor_cell = tl.where(step == 0, group_end - group_start + row, cell)
     anchor = (anchor_cell.to(tl.int64) * H + head) * D * F
-    K_CD = tl.load(k + at_KD, mask=real[:, None], other=0.0)
     G2_CD = tl.load(G2_in + at * C * D + slots[:, None] * D + of_D[None, :])
     gates1 = vectors1 + at * ROWS * C
     gates2 = vectors2 + at * ROWS * C
-    theta1 = tl.load(gates1 + THETA * C + slots)
-    of_W1 = -theta1 * tl.load(gates1 + LAST_W * C + slots)
-    of_S1 = -theta1 * tl.load(gates1 + LAST_S * C + slots)
     dK_CD = tl.zeros([C, D], tl.float32)
-    last_W1 = tl.zeros([C], tl.float32)
+    by_W1_CD = tl.zeros([C, D], tl.float32)
+    by_S1_CD = tl.zeros([C, D], tl.float32)
     last_S1 = tl.zeros([C], tl.float32)
     last_W2 = tl.zeros([C], tl.float32)
     last_S2 = tl.zeros([C], tl.float32)
@@ -491,15 +506,13 @@ def mlp_finish(
         dW2 = tl.load(dW2_end + tile)
         W1_T = tl.trans(tl.load(W1_start + anchor + column))
         dK_CD = matmul_add(tl.load(grad_Z1 + tile_CB), W1_T, dK_CD, PRECISION)
-        dK_CD = matmul_add((of_W1[:, None] * G1).to(G1.dtype), tl.trans(dW1), dK_CD, PRECISION)
-        last_W1 -= tl.sum(matmul(K_CD, dW1, PRECISION) * G1.to(tl.float32), 1)
-        written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT)
+        by_W1_CD = matmul_add(G1, tl.trans(dW1), by_W1_CD, PRECISION)
+        written_C = tl.load(written_in + tile_CB).to(tl.float32)
         last_W2 -= tl.sum(matmul(G2_CD, dW2, PRECISION) * written_C, 1)
         if MOMENTUM:
             dS1 = tl.load(dS1_end + tile)
             dS2 = tl.load(dS2_end + tile)
-            dK_CD = matmul_add((of_S1[:, None] * G1).to(G1.dtype), tl.trans(dS1), dK_CD, PRECISION)
-            last_S1 -= tl.sum(matmul(K_CD, dS1, PRECISION) * G1.to(tl.float32), 1)
+            by_S1_CD = matmul_add(G1, tl.trans(dS1), by_S1_CD, PRECISION)
             last_S2 -= tl.sum(matmul(G2_CD, dS2, PRECISION) * written_C, 1)
             S1 = tl.load(S1_start + tile).to(tl.float32)
             dW_S1 += tl.sum(dW1.to(tl.float32) * S1)
@@ -509,6 +522,13 @@ def mlp_finish(
             dS_S2 += tl.sum(dS2.to(tl.float32) * S2)
         dW_W1 += tl.sum(dW1.to(tl.float32) * tl.load(W1_start + tile).to(tl.float32))
         dW_W2 += tl.sum(dW2.to(tl.float32) * tl.load(W2_start + tile).to(tl.float32))
+    K_CD = tl.load(k + at_KD, mask=real[:, None], other=0.0).to(tl.float32)
+    theta1 = tl.load(gates1 + THETA * C + slots)
+    last_W1 = -tl.sum(K_CD * by_W1_CD, 1)
+    dK_CD -= (theta1 * tl.load(gates1 + LAST_W * C + slots))[:, None] * by_W1_CD
+    if MOMENTUM:
+        last_S1 = -tl.sum(K_CD * by_S1_CD, 1)
+        dK_CD -= (theta1 * tl.load(gates1 + LAST_S * C + slots))[:, None] * by_S1_CD
     dK_CD += tl.load(grad_K_reads + at * D * C + of_D[None, :] * C + slots[:, None]).to(tl.float32)
     at_CD = at * C * D + slots[:, None] * D + of_D[None, :]
     d_error = tl.load(grad_G2 + at_CD).to(tl.float32)
@@ -539,20 +559,26 @@ def mlp_finish(
     theta_part2 = tl.load(parts2 + GRAD_THETA * C)
     row_part2 = tl.load(parts2 + GRAD_ROW * C)
     column_part2 = tl.load(parts2 + GRAD_COLUMN * C)
+    feed_part1 = tl.zeros([C], tl.float32)
+    feed_part2 = tl.zeros([C], tl.float32)
+    if MOMENTUM:
+        feed_part1 = tl.load(parts1 + GRAD_FEED * C)
+        feed_part2 = tl.load(parts2 + GRAD_FEED * C)
     last = tl.minimum(end - first - step * C, C) - 1
     out = token * H + head
     if SHARED:
         finish_gate_gradients(
             theta_part1 + theta_part2, row_part1 + row_part2, column_part1 + column_part2,
-            last_W1 + last_W2, last_S1 + last_S2, dW_W1 + dW_W2, dW_S1 + dW_S2, dS_S1 + dS_S2,
+            feed_part1 + feed_part2, last_W1 + last_W2, last_S1 + last_S2, dW_W1 + dW_W2, dW_S1 + dW_S2,
+            dS_S1 + dS_S2,
             gates1, grad_theta, grad_log_decay, grad_log_momentum, out, real, last, C, MOMENTUM, EXACT,
         )  # fmt: skip
     else:
         finish_gate_gradients(
-            theta_part1, row_part1, column_part1, last_W1, last_S1, dW_W1, dW_S1, dS_S1,
+            theta_part1, row_part1, column_part1, feed_part1, last_W1, last_S1, dW_W1, dW_S1, dS_S1,
             gates1, grad_theta, grad_log_decay, grad_log_momentum, out * 2, real, last, C, MOMENTUM, EXACT,
         )  # fmt: skip
         finish_gate_gradients(
-            theta_part2, row_part2, column_part2, last_W2, last_S2, dW_W2, dW_S2, dS_S2,
+            theta_part2, row_part2, column_part2, feed_part2, last_W2, last_S2, dW_W2, dW_S2, dS_S2,
             gates2, grad_theta, grad_log_decay, grad_log_momentum, out * 2 + 1, real, last, C, MOMENTUM,
             EXACT, )  # fmt: skip

@@ -8,9 +8,9 @@ transposed first operand of another (Triton 3.4 to 3.7 miscompiles that on Hoppe
 their state in registers: a head's hidden width is split over F / BF programs, which hold BF columns each and
 add up one [C, D] tile a chunk (`sum_of_parts`). The parallel ones walk the hidden width in blocks of BF.
 
-Tiles of a group: states `[cells + rows, H, D, F]` (the last `rows`: anchors of first chunks), Z1 and its
-inner gradient G1 `[cells, H, C, F]`, G2, the normalised output and its inner gradient GN `[cells, H, C, D]`,
-rstd `[cells, H, C]` fp32.
+Tiles of a group: states `[cells + rows, H, D, F]` (the last `rows`: anchors of first chunks), the written
+hidden rows act(K W1) and the inner gradient G1 of K W1 `[cells, H, C, F]`, G2, the normalised output and its
+inner gradient GN `[cells, H, C, D]`, rstd `[cells, H, C]` fp32.
 """
 
 import triton
@@ -26,14 +26,17 @@ from titans.ops.kernels.functions import (
     SIZES,
     THETA,
     act,
+    act_curvature,
     act_slope,
     chunks_of_group,
+    chunks_of_segment,
     matmul,
     matmul_add,
     mixing,
     normalize,
     place_of,
     row_of,
+    slot_of_segment,
     sum_of_parts,
 )
 
@@ -60,7 +63,7 @@ def first_block(step, BLOCKS: tl.constexpr):
 @triton.jit
 def move(
     W, S_here, S_next, S_state, last, tile, input_T, grad, gates, slots,
-    MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    MOMENTUM: tl.constexpr, AGAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W at the next chunk's start. S goes through memory: registers have no room for it."""
     dtype = grad.dtype
@@ -73,7 +76,8 @@ def move(
         to_S = -theta * tl.load(gates + LAST_S * slots.shape[0] + slots)
         S = matmul_add(input_T, (to_S[:, None] * grad).to(dtype), S, PRECISION)
         if last:
-            tl.store(S_state + tile, S)
+            if not AGAIN:
+                tl.store(S_state + tile, S)
         else:
             tl.store(S_next + tile, S.to(dtype))
     to_W = -theta * tl.load(gates + LAST_W * slots.shape[0] + slots)
@@ -83,29 +87,45 @@ def move(
 @triton.jit(do_not_specialize=SIZES)
 def mlp_write(
     k, v, gain, bias, vectors1, vectors2, table, W1_state, S1_state, W2_state, S2_state,
-    first1, first2, end1, end2, W1_start, S1_start, W2_start, S2_start, Z1_out, G1_out, G2_out, normed_out,
-    GN_out, rows_out, exchange, arrived, num_rows, group_start, group_end, stride,
+    first1, first2, end1, end2, kept_W1, kept_S1, kept_W2, kept_S2, W1_start, S1_start, W2_start, S2_start,
+    written_out, G1_out, G2_out, slope_out, bend_out, normed_out, GN_out, rows_out, exchange, arrived,
+    num_rows, group_start, group_end, stride, segment, number,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, KEEP: tl.constexpr, PRECISION:
-    tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, KEEP: tl.constexpr,
+    AGAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows x H x F / BF). The states `[rows, H, D, F]` fp32 are read and written. exchange `[rows x H,
-    2, F / BF, C, D]` fp32 and arrived `[rows x H + 1]` int32, zero, as in `sum_of_parts` and `place_of`.
-    KEEP: stores what only the backward reads: normed, GN and, of each row `[3, C]`, rstd, GN's mean and its
-    mean along normed."""
+    """Grid (rows x H x F / BF), one segment of the group, the one of that number. The states `[rows, H, D,
+    F]` fp32 are read and written. KEEP: kept_W and kept_S `[slots, H, D, F]` get those at the segment's
+    start. exchange `[rows x H, 2, F / BF, C, D]` fp32 and arrived `[1 + rows x H]` int32, zero, as in
+    `sum_of_parts` and `place_of`.
+    AGAIN: the backward's, grid (segments x rows x H x F / BF), all segments at once from their kept states.
+    Stores what only the backward reads: act', act'' times the gradient G2 W2^T, normed, GN and, of each row
+    `[3, C]`, rstd, GN's mean and its mean along normed."""
     PARTS: tl.constexpr = F // BF
-    place = place_of(arrived + num_rows * H, PARTS)
-    part, row, head = place % PARTS, place // PARTS // H, place // PARTS % H
+    place = place_of(arrived, PARTS)
+    part, unit = place % PARTS, place // PARTS
+    head, row = unit % H, unit // H % num_rows
     begin, end, first, base, count = row_of(table, row, num_rows)
     low, high = chunks_of_group(base, count, stride, group_start, group_end)
+    if AGAIN:
+        number = unit // H // num_rows
+    low, high = chunks_of_segment(base, low, high, stride, group_start, segment, number)
     if low >= high:
         return
     share = tl.arange(0, D)[:, None] * F + tl.arange(0, BF)[None, :]
     state = (row.to(tl.int64) * H + head) * D * F + part * BF
-    exchange += (row.to(tl.int64) * H + head) * 2 * PARTS * C * D
+    exchange += unit.to(tl.int64) * 2 * PARTS * C * D
     dtype = k.dtype.element_ty
-    W1 = tl.load(W1_state + state + share)
-    W2 = tl.load(W2_state + state + share)
+    kept = (slot_of_segment(base, low, stride, segment, row) * H + head) * D * F + part * BF
+    if AGAIN:
+        W1 = tl.load(kept_W1 + kept + share)
+        W2 = tl.load(kept_W2 + kept + share)
+    else:
+        W1 = tl.load(W1_state + state + share)
+        W2 = tl.load(W2_state + state + share)
+        if KEEP:
+            tl.store(kept_W1 + kept + share, W1)
+            tl.store(kept_W2 + kept + share, W2)
     anchor1 = W1.to(dtype)
     anchor2 = W2.to(dtype)
     if low == 0:
@@ -116,8 +136,17 @@ def mlp_write(
         tl.store(W2_start + slot + share, anchor2)
     if MOMENTUM:
         here = ((base + low * stride - group_start) * H + head) * D * F + part * BF
-        tl.store(S1_start + here + share, tl.load(S1_state + state + share).to(dtype))
-        tl.store(S2_start + here + share, tl.load(S2_state + state + share).to(dtype))
+        if AGAIN:
+            tl.store(S1_start + here + share, tl.load(kept_S1 + kept + share))
+            tl.store(S2_start + here + share, tl.load(kept_S2 + kept + share))
+        else:
+            S1 = tl.load(S1_state + state + share).to(dtype)
+            S2 = tl.load(S2_state + state + share).to(dtype)
+            tl.store(S1_start + here + share, S1)
+            tl.store(S2_start + here + share, S2)
+            if KEEP:
+                tl.store(kept_S1 + kept + share, S1)
+                tl.store(kept_S2 + kept + share, S2)
     for index in range(low, high):
         n = index ^ unseen_zero(index, 0)
         zero = unseen_zero(index, 1)
@@ -132,22 +161,28 @@ def mlp_write(
         hidden = at * C * F + part * BF
         K_CD = tl.load(k + rows + at_CD, mask=real[:, None], other=0.0)
         target = tl.load(v + rows + at_CD, mask=real[:, None], other=0.0)
-        Z1 = matmul(K_CD, anchor1, PRECISION).to(dtype)
-        tl.store(Z1_out + hidden + tile_CB, Z1)
-        hidden_C, slope_C = act_slope(Z1.to(tl.float32), ACT)
+        if AGAIN:
+            hidden_C, slope_C, bend_C = act_curvature(matmul(K_CD, anchor1, PRECISION), ACT)
+            bend_C = bend_C.to(dtype)
+        else:
+            hidden_C, slope_C = act_slope(matmul(K_CD, anchor1, PRECISION), ACT)
         hidden_C = hidden_C.to(dtype)  # half the registers, as the slope
         slope_C = slope_C.to(dtype)
+        tl.store(written_out + hidden + tile_CB, hidden_C)
+        if AGAIN:
+            tl.store(slope_out + hidden + tile_CB, slope_C)
         Z2_CD = matmul(hidden_C, tl.trans(anchor2), PRECISION)
-        Z2_CD = sum_of_parts(Z2_CD, exchange, arrived + place // PARTS, part, index - low, PARTS, C, D)
+        Z2_CD = sum_of_parts(Z2_CD, exchange, arrived + 1 + unit, part, index - low, PARTS, C, D)
         zero = unseen_zero(index, 2)
         slots, of_D, of_B = tl.arange(0, C) + zero, tl.arange(0, D) + zero, tl.arange(0, BF) + zero
         # Not before the exchange: it waits until all that was stored before can be seen.
         tile = of_D[:, None] * F + of_B[None, :]
         tl.store(W1_start + here + tile, W1.to(dtype))
         tl.store(W2_start + here + tile, W2.to(dtype))
-        if (n == count - 1) & (n > 0):
-            tl.store(end1 + state + tile, W1)
-            tl.store(end2 + state + tile, W2)
+        if not AGAIN:  # noqa: SIM102 (a constant)
+            if (n == count - 1) & (n > 0):
+                tl.store(end1 + state + tile, W1)
+                tl.store(end2 + state + tile, W2)
         real = (slots >= (begin - first - n * C).to(tl.int32)) & (slots < (end - first - n * C).to(tl.int32))
         target = target.to(tl.float32)
         if RESIDUAL:
@@ -161,12 +196,12 @@ def mlp_write(
             gain_D = tl.load(gain + head * D + of_D)
             bias_D = tl.load(bias + head * D + of_D)
             GN_CD = gain_D[None, :] * (2.0 * (gain_D[None, :] * normed + bias_D[None, :] - target))
-            if KEEP and part == 0:
+            if AGAIN and part == 0:
                 tl.store(normed_out + at * C * D + in_CD, normed.to(dtype))
                 tl.store(GN_out + at * C * D + in_CD, GN_CD.to(dtype))
             mean = tl.sum(GN_CD, 1) / D
             along = tl.sum(GN_CD * normed, 1) / D
-            if KEEP and part == 0:
+            if AGAIN and part == 0:
                 tl.store(rows_out + at * 3 * C + slots, rstd)
                 tl.store(rows_out + (at * 3 + 1) * C + slots, mean)
                 tl.store(rows_out + (at * 3 + 2) * C + slots, along)
@@ -182,7 +217,10 @@ def mlp_write(
         real = (slots >= (begin - first - n * C).to(tl.int32)) & (slots < (end - first - n * C).to(tl.int32))
         tile = of_D[:, None] * F + of_B[None, :]
         tile_CB = slots[:, None] * F + of_B[None, :]
-        G1 = (matmul(G2_CD, anchor2, PRECISION) * slope_C).to(dtype)
+        G1 = matmul(G2_CD, anchor2, PRECISION)  # of the hidden rows, so far
+        if AGAIN:
+            tl.store(bend_out + hidden + tile_CB, (bend_C * G1).to(dtype))
+        G1 = (G1 * slope_C).to(dtype)
         tl.store(G1_out + hidden + tile_CB, G1)
         gates1 = vectors1 + at * ROWS * C
         gates2 = vectors2 + at * ROWS * C
@@ -191,23 +229,24 @@ def mlp_write(
         K_DC = tl.load(k + rows + slots[None, :] * (H * D) + of_D[:, None], mask=real[None, :], other=0.0)
         W1 = move(
             W1, S1_start + here, S1_start + then, S1_state + state, last, tile, K_DC, G1, gates1,
-            slots, MOMENTUM, PRECISION,
+            slots, MOMENTUM, AGAIN, PRECISION,
         )  # fmt: skip
         G2_DC = tl.load(G2_out + at * C * D + slots[None, :] * D + of_D[:, None])
         W2 = move(
             W2, S2_start + here, S2_start + then, S2_state + state, last, tile, G2_DC, hidden_C, gates2,
-            slots, MOMENTUM, PRECISION,
+            slots, MOMENTUM, AGAIN, PRECISION,
         )  # fmt: skip
         anchor1 = W1.to(dtype)
         anchor2 = W2.to(dtype)
-    tl.store(W1_state + state + share, W1)
-    tl.store(W2_state + state + share, W2)
+    if not AGAIN:
+        tl.store(W1_state + state + share, W1)
+        tl.store(W2_state + state + share, W2)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mlp_read(
     q, k, y, gain, bias, vectors1, vectors2, table, cell_row, W1_start, S1_start, W2_start, S2_start,
-    Z1_in, G1_in, G2_in,
+    written_in, G1_in, G2_in,
     num_rows, group_start, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT:
@@ -256,7 +295,7 @@ def mlp_read(
             Z1 = matmul_add(Q_feed, tl.load(S1_start + tile), Z1, PRECISION)
         Z1 = matmul_add(mixed1_CC, tl.load(G1_in + tile_CB), Z1, PRECISION)
         read_C = act(Z1, ACT)
-        written_C = act(tl.load(Z1_in + tile_CB).to(tl.float32), ACT).to(dtype)
+        written_C = tl.load(written_in + tile_CB)
         scores2_CC = matmul_add(read_C.to(dtype), tl.trans(written_C), scores2_CC, PRECISION)
         Z2_CD = matmul_add(
             (beta2[:, None] * read_C).to(dtype), tl.trans(tl.load(W2_start + tile)), Z2_CD, PRECISION

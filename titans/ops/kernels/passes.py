@@ -2,8 +2,9 @@
 
 A group is as many cells as fit a budget of scratch memory. The forward walks the groups once: the serial
 write leaves the state at every chunk's start, the reads of the whole group follow in parallel. Kept are the
-gates as vectors (32 bytes a token and head) and the state at every group's start; the backward walks the
-groups from the last, writes each again, then takes reads and writes back.
+gates as vectors (32 bytes a token and head) and the states at the starts of segments, which are groups or
+parts of them; the backward walks the groups from the last, writes each again, its segments side by side, then
+takes reads and writes back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from titans.ops.chunked.passes import ChunkedGradients, ChunkedResult
 from titans.ops.kernels.launch import Call
 from titans.ops.kernels.linear_passes import LinearGroup
 from titans.ops.kernels.mlp_passes import MLPGroup
-from titans.ops.kernels.plan import Sizes
+from titans.ops.kernels.plan import Groups, Sizes
 from titans.ops.kernels.states import States
 from titans.ops.spec import MemorySpec
 
@@ -33,10 +34,20 @@ def sizes_of(x: ChunkedInputs) -> Sizes:
     return Sizes.of(x.q.shape[0], x.q.shape[1], x.chunk_size, x.position.shape[0], x.cu_seqlens is not None)
 
 
-def groups_of(x: ChunkedInputs) -> list[tuple[int, int]]:
-    """Forward and backward must agree on the groups: the kept states lie at their starts."""
-    numbers = _group_kind(x.spec).numbers_per_cell(x.spec, x.chunk_size)
-    return sizes_of(x).groups(max(1, SCRATCH_BYTES // (numbers * x.q.element_size() * x.q.shape[2])))
+def groups_of(x: ChunkedInputs) -> Groups:
+    """Forward and backward must agree on the segments: the kept states lie at their starts."""
+    kind, sizes, heads = _group_kind(x.spec), sizes_of(x), x.q.shape[2]
+    numbers = kind.numbers_per_cell(x.spec, x.chunk_size)
+    pieces = kind.PROGRAMS // (sizes.rows * heads * kind.programs_per_head(x.spec))
+    return sizes.groups(max(1, SCRATCH_BYTES // (numbers * x.q.element_size() * heads)), max(1, pieces))
+
+
+def empty_kept(x: ChunkedInputs, groups: Groups) -> Tensors:
+    """States at the starts of segments: every layer's weights, then momentum, as the kernels hold them."""
+    shape = (groups.slots, x.q.shape[2], *x.spec.layer_shapes[0])
+    momentum = _group_kind(x.spec).momentum_dtype(x.q.dtype)
+    dtypes = [torch.float32] * len(x.weights) + [momentum] * len(x.momentum)
+    return [x.q.new_empty(shape, dtype=dtype) for dtype in dtypes]
 
 
 def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
@@ -45,19 +56,14 @@ def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
     weights, momentum, first, end = states.enter(x.weights, x.momentum, x.anchor)
     output = torch.empty_like(call.v)
     groups = groups_of(x)
-    stacks: Tensors = []
-    if keep:
-        stacks = [state.new_empty((len(groups) - 1, *state.shape)) for state in [*weights, *momentum]]
-    for index, group in enumerate(groups):
-        if keep and index > 0:
-            for stack, state in zip(stacks, [*weights, *momentum], strict=True):
-                stack[index - 1] = state
+    kept = empty_kept(x, groups) if keep else []
+    for group in groups.bounds:
         buffers = kind.allocate(call, group)
-        buffers.write(weights, momentum, first, end, keep=False)
+        buffers.write(weights, momentum, first, end, kept, groups)
         buffers.read(output)
     weights, momentum, anchor = states.leave(weights, momentum, end)
     return ChunkedResult(
-        output, weights, momentum, anchor, [call.plan.table, call.vectors, *stacks] if keep else []
+        output, weights, momentum, anchor, [call.plan.table, call.vectors, *kept] if keep else []
     )
 
 
@@ -69,17 +75,16 @@ def backward_pass(
     grad_momentum: Tensors,
     grad_anchor: Tensors,
 ) -> ChunkedGradients:
-    table, vectors, *stacks = kept
+    table, vectors, *kept = kept
     call, kind = Call(x, table, vectors), _group_kind(x.spec)
     states = States(table, x.chunk_size, call.momentum)
     d_weights, d_momentum, d_first, d_end = states.gradients_enter(grad_weights, grad_momentum, grad_anchor)
-    weights, momentum, first, end = states.enter(x.weights, x.momentum, x.anchor)
+    _, _, first, _ = states.enter(x.weights, x.momentum, x.anchor)
     grad_output = grad_output.to(call.v.dtype).contiguous()
     groups = groups_of(x)
-    for index in range(len(groups) - 1, -1, -1):
-        start = [*weights, *momentum] if index == 0 else [stack[index - 1].clone() for stack in stacks]
-        buffers = kind.allocate(call, groups[index])
-        buffers.write(start[: len(weights)], start[len(weights) :], first, end, keep=True)
+    for group in reversed(groups.bounds):
+        buffers = kind.allocate(call, group)
+        buffers.write_again(first, kept, groups)
         buffers.backward(grad_output, d_weights, d_momentum, d_first, d_end)
     d_weights, d_momentum, d_anchor = states.gradients_leave(
         d_weights, d_momentum, d_first, d_end, grad_anchor

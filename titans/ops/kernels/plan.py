@@ -36,10 +36,29 @@ class Sizes:
         # A row that starts inside a chunk may touch one more; the host does not know.
         return cls(rows, rows * ((tokens + 2 * chunk_size - 2) // chunk_size), rows)
 
-    def groups(self, cells_at_once: int) -> list[tuple[int, int]]:
-        """`[start, end)` of consecutive groups of cells, whole steps of a dense batch."""
-        size = max(1, cells_at_once // self.stride) * self.stride
-        return [(start, min(start + size, self.cells)) for start in range(0, self.cells, size)]
+    def groups(self, cells_at_once: int, pieces: int = 1) -> Groups:
+        """As many cells as that or fewer in a group, whole steps of a dense batch, cut in as many pieces."""
+        steps = max(1, min(cells_at_once, self.cells) // self.stride)
+        segment = max(1, steps // pieces)
+        size = steps // segment * segment * self.stride
+        bounds = [(start, min(start + size, self.cells)) for start in range(0, self.cells, size)]
+        windows = triton.cdiv(self.cells // self.stride, segment)
+        return Groups(bounds, segment, windows * self.stride + self.rows - self.stride)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """bounds: `[start, end)` of consecutive groups of cells. A segment is what lies of a row in a window of
+    so many steps (cells of packed documents); windows start with the group. The forward keeps the state at
+    each one's start, `slots` of them for each head at most, and the backward writes them again side by side.
+    """
+
+    bounds: list[tuple[int, int]]
+    segment: int
+    slots: int
+
+    def segments(self, group: tuple[int, int], stride: int) -> int:
+        return triton.cdiv((group[1] - group[0]) // stride, self.segment)
 
 
 @dataclass(frozen=True)
