@@ -104,10 +104,14 @@ def needle_mag_f256() -> Recipe:
 
 
 def needle_mag_f256_second() -> Recipe:
-    """A second leg of needle_mag_f256, from the first one's weights: rows of all lengths from the start."""
-    recipe = needle_mag_f256()
+    """A second leg from the first one's weights, with convolutions of six tokens instead of four.
+
+    The memory of the first block knows a token by the three before it, and of UUIDs' 36 characters one in
+    seven has three that come again (docs/recall.md).
+    """
+    recipe = _with_model(needle_mag_f256(), conv_size=6)
     assert isinstance(recipe.data, TaskSettings)
-    return replace(recipe, data=replace(recipe.data, curriculum_steps=0))
+    return replace(recipe, data=replace(recipe.data, tasks=SINGLE_NEEDLES[1:], curriculum_steps=0))
 
 
 def needle_mal() -> Recipe:

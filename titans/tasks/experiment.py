@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, set_seed
 
 from titans.errors import UserError
+from titans.nn import ShortConv
 from titans.tasks.answers import Asked, right
 from titans.tasks.dataset import TokenMaker
 from titans.tasks.needle_test import NeedleTest, run_test
@@ -237,11 +239,18 @@ def save_weights(model: PreTrainedModel, path: Path, dtype: torch.dtype) -> None
 def load_weights(model: PreTrainedModel, path: Path) -> None:
     """What `save_weights` has written, into the model's own dtypes.
 
+    A convolution may have grown: its weights for older tokens start at zero, so nothing is lost.
+
     Raises:
         UserError: they are another model's.
     """
+    weights = load_file(path)
+    for name, module in model.named_modules():
+        stored = weights.get(f"{name}.weight")
+        if isinstance(module, ShortConv) and stored is not None and stored.shape[1] < module.width:
+            weights[f"{name}.weight"] = F.pad(stored, (module.width - stored.shape[1], 0))
     try:
-        found = model.load_state_dict(load_file(path), strict=False)
+        found = model.load_state_dict(weights, strict=False)
         tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
         if set(found.missing_keys) - tied or found.unexpected_keys:
             raise RuntimeError(f"{found.missing_keys[:3]} missing, {found.unexpected_keys[:3]} unknown")

@@ -62,7 +62,7 @@ class Reader:
     def answer(self, hidden: Hidden, progress: Progress = lambda read: None) -> Answer:
         """Read up to the question and let the model answer by its likeliest tokens.
 
-        As many as the true value has, as the tests do: models trained on answers alone never learn to stop.
+        As many as the true value has, as the tests do.
         """
         stream = self._before(hidden.position, progress)
         for ids in (hidden.needle_ids, self._text.ids[hidden.position : hidden.end], hidden.question_ids):
