@@ -128,13 +128,14 @@ def stability(record: dict[str, Any]) -> str:
         "stability": "## Does the recipe train?",
         "stability_matrix": "## The bound on the inner step",
         "stability_gpu": "## Every variant, depth, chunk and precision",
+        "stability_chunked": "## What has no kernels: fp32, depth 3 and 4",
     }[record["name"]]
     length = record["options"].get("sequence_length", 256)
     about = (
         "Tiny size, bytes of CPython's documentation, AdamW at 2e-3 with cosine, two sequences of "
         f"{length} bytes a step, gradients clipped to 1 (norms are those before clipping).\n"
     )
-    if record["name"] == "stability_gpu":
+    if record["name"] != "stability" and "device" in record["rows"][0]:
         about += endings(record["rows"])
     return "\n".join([title + "\n", about, table(header, rows)])
 
@@ -163,9 +164,10 @@ def plot_stability(record: dict[str, Any], figure: Any) -> None:
             "linestyle": "-" if row["recipe"]["training"]["precision"] == "bf16" else ":",
             "linewidth": 0.8 if model["chunk_size"] == 16 else 1.6,
         }
-        shown = (row["grad_norm"], row["memory"]["weight_norm"])
+        shown = (row["grad_norm"], row["memory"].get("weight_norm"))  # of a short row there is none
         for axes, values in zip(panels[:, column], shown, strict=True):
-            axes.plot(*zip(*values, strict=True), **style)
+            if values:
+                axes.plot(*zip(*values, strict=True), **style)
     for depth, (above, below) in zip(depths, panels.T, strict=True):
         above.set(title=f"depth {depth}", yscale="log")
         below.set(xlabel="steps", yscale="log")
@@ -378,11 +380,14 @@ def plot_models(record: dict[str, Any], figure: Any) -> None:
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "recall.json": lambda record: needles(record, table, "Needles far beyond the training length"),
-    "recall_second.json": lambda record: needles(record, table, "Needles, a second leg"),
-    "recall_third.json": lambda record: needles(record, table, "Needles, a third leg"),
-    "recall_first.json": lambda record: needles(record, table, "Needles, an earlier run"),
+    "recall_seeds.json": lambda record: needles(record, table, "Needles far beyond the training length"),
     "recall_twin.json": lambda record: needles(record, table, "Needles without a memory"),
+    "recall_gates_second.json": lambda record: needles(record, table, "Needles, gates that see attention"),
+    "recall_gates.json": lambda record: needles(record, table, "Needles, gates that see the token alone"),
+    "recall.json": lambda record: needles(record, table, "Needles, an earlier run"),
+    "recall_second.json": lambda record: needles(record, table, "Needles, an earlier run's second leg"),
+    "recall_third.json": lambda record: needles(record, table, "Needles, an earlier run's third leg"),
+    "recall_first.json": lambda record: needles(record, table, "Needles, the first run"),
     "babilong.json": lambda record: babilong(record, table),
     "mqar.json": lambda record: mqar(record, table),
     "ablations.json": lambda record: ablations(record, table),
@@ -394,6 +399,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "stream_gpu.json": streams,
     "stream_cpu.json": streams,
     "stability_gpu.json": stability,
+    "stability_chunked.json": stability,
     "stability.json": stability,
     "initial_values.json": initial_values,
     "stability_matrix.json": stability,
@@ -405,9 +411,12 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Any], None]]] = {
     "ops_gpu.json": ("Time over Gated DeltaNet's by shape", plot_ops),
     "models_gpu.json": ("Tokens/s by length", plot_models),
     "stability_gpu.json": ("Norms over 2,000 steps", plot_stability),
+    "stability_chunked.json": ("Norms over the steps, chunked path", plot_stability),
     "models_gpu_first.json": ("Tokens/s by length, an earlier run", plot_models),
-    "recall.json": ("Needles far beyond the training length", plot_needles),
-    "recall_first.json": ("Needles, an earlier run", plot_needles),
+    "recall_seeds.json": ("Needles far beyond the training length", plot_needles),
+    "recall_gates_second.json": ("Needles, gates that see attention", plot_needles),
+    "recall.json": ("Needles, an earlier run", plot_needles),
+    "recall_first.json": ("Needles, the first run", plot_needles),
     "babilong.json": ("BABILong", plot_babilong),
     "mqar.json": ("MQAR by length and number of pairs", plot_mqar),
 }
