@@ -14,10 +14,19 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.inference.tiny import randomised
 from tests.tasks.test_answers import needle_test
 from tests.tasks.tiny import tiny_babi, tiny_haystack
+from titans.errors import UserError
 from titans.recipes import RECIPES, load_recipe
-from titans.tasks.experiment import needle_rows, save_weights, seconds_a_step, token_rows, train_model
+from titans.tasks.experiment import (
+    load_weights,
+    needle_rows,
+    save_weights,
+    seconds_a_step,
+    token_rows,
+    train_model,
+)
 from titans.tasks.settings import TaskSettings
 from titans.training.callbacks import LOG_NAME, read_log
 from titans.training.data import open_data
@@ -114,6 +123,18 @@ def test_from_a_recipe_to_scores(tmp_path):
     saved = safetensors.torch.load_file(tmp_path / "w" / "m.safetensors")
     missing, unexpected = trained.model.load_state_dict(saved, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
+
+
+@torch.no_grad()
+def test_a_convolution_may_grow_between_two_legs(tmp_path):
+    small, large = randomised("mag", 0, conv_size=4), randomised("mag", 1, conv_size=6)
+    save_weights(small, tmp_path / "m.safetensors", torch.float64)
+    load_weights(large, tmp_path / "m.safetensors")
+    ids = torch.randint(3, 23, (1, 30))
+    torch.testing.assert_close(large(ids).logits, small(ids).logits)
+    with pytest.raises(UserError, match="not this model's"):  # it never shrinks
+        save_weights(large, tmp_path / "l.safetensors", torch.float64)
+        load_weights(small, tmp_path / "l.safetensors")
 
 
 def test_a_budget_in_seconds_fixes_the_steps_before_training(tmp_path, monkeypatch):
