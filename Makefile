@@ -15,7 +15,7 @@ REQUIRE_311 := -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 1
 .PHONY: help setup demo test test-slow test-gpu check format bench lock clean
 
 help:
-	@echo "make demo       a fact hidden in a long text, found by a small trained memory (a minute on 2 cores)"
+	@echo "make demo       a fact hidden in a long text, found by a small trained memory (two minutes on 2 cores)"
 	@echo "make test       the tests, without those marked slow or gpu"
 	@echo "make test-slow  the slow ones        make test-gpu  those that need a CUDA device"
 	@echo "make check      format, lint, types  make format    mend the first two"

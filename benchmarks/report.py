@@ -381,12 +381,14 @@ def plot_models(record: dict[str, Any], figure: Any) -> None:
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recall_seeds.json": lambda record: needles(record, table, "Needles far beyond the training length"),
-    "recall_twin.json": lambda record: needles(record, table, "Needles without a memory"),
+    "recall_wide.json": lambda record: needles(record, table, "Needles, convolutions of six tokens"),
+    "recall_twin_second.json": lambda record: needles(record, table, "Needles without a memory"),
     "recall_gates_second.json": lambda record: needles(record, table, "Needles, gates that see attention"),
     "recall_gates.json": lambda record: needles(record, table, "Needles, gates that see the token alone"),
     "recall.json": lambda record: needles(record, table, "Needles, an earlier run"),
     "recall_second.json": lambda record: needles(record, table, "Needles, an earlier run's second leg"),
     "recall_third.json": lambda record: needles(record, table, "Needles, an earlier run's third leg"),
+    "recall_twin.json": lambda record: needles(record, table, "Needles without a memory, an earlier run"),
     "recall_first.json": lambda record: needles(record, table, "Needles, the first run"),
     "babilong.json": lambda record: babilong(record, table),
     "mqar.json": lambda record: mqar(record, table),
