@@ -1,10 +1,9 @@
 """Small models that learn to find needles: one per memory and variant, equal parameters, minutes on a GPU.
 
 All have three blocks of width 256, 4,096 tied ids and 3.7 million parameters within 2 %: the width of the
-MLP makes up for what the mixers differ by. Three blocks, because a gate sees as far back as the convolutions
-below it, three tokens each: with two, the digits of a needle look like those of a year. What the memory is
-made of follows a test at width 128 (docs/decisions.md): training at mixed lengths, a step that can be exactly
-zero and no forgetting are what makes a needle survive far beyond the training length.
+MLP makes up for what the mixers differ by. What the memory is made of follows a test at width 128
+(docs/decisions.md): training at mixed lengths, a step that can be exactly zero and no forgetting are what
+makes a needle survive far beyond the training length. What else does, and what does not: docs/recall.md.
 """
 
 from dataclasses import replace
@@ -83,17 +82,17 @@ def needle_mag() -> Recipe:
 
 
 def needle_mag_token() -> Recipe:
-    """The same with gates that see the token alone, as in the paper: in the first block, digits are alike."""
+    """needle_mag with gates that see the token alone, as in the paper: in the first block, digits are alike."""
     return _with_model(needle_mag(), memory_gates_from="token")
 
 
 def needle_mag_late() -> Recipe:
-    """That with a first block of attention alone."""
+    """needle_mag_token with a first block of attention alone."""
     return _with_model(needle_mag_token(), memory_from_layer=1, intermediate_size=544)
 
 
 def needle_mag_c16() -> Recipe:
-    """The same with gradients taken anew every 16 tokens: a value of 36 tokens is written in three goes."""
+    """needle_mag with gradients taken anew every 16 tokens: a value of 36 tokens is written in three goes."""
     return _with_model(needle_mag(), chunk_size=16)
 
 
@@ -104,10 +103,10 @@ def needle_mag_f256() -> Recipe:
 
 
 def needle_mag_f256_second() -> Recipe:
-    """A second leg from the first one's weights, with convolutions of six tokens instead of four.
+    """A second leg from its weights, with convolutions of six tokens instead of four.
 
-    The memory of the first block knows a token by the three before it, and of UUIDs' 36 characters one in
-    seven has three that come again (docs/recall.md).
+    The memory of the first block knows a token by the three before it, and in one UUID of seven, three
+    characters come again (docs/recall.md).
     """
     recipe = _with_model(needle_mag_f256(), conv_size=6)
     assert isinstance(recipe.data, TaskSettings)
