@@ -82,7 +82,7 @@ def needle_mag() -> Recipe:
 
 
 def needle_mag_token() -> Recipe:
-    """needle_mag with gates that see the token alone, as in the paper: in the first block, digits are alike."""
+    """needle_mag with gates that see the token alone, as in the paper: in block one, digits are alike."""
     return _with_model(needle_mag(), memory_gates_from="token")
 
 
