@@ -105,7 +105,7 @@ def needle_mag_f256() -> Recipe:
 def needle_mag_f256_second() -> Recipe:
     """A second leg from its weights, with convolutions of six tokens instead of four.
 
-    The memory of the first block knows a token by the three before it, and in one UUID of seven, three
+    The memory of the first block knows a token by the three before it, and in one UUID of eight, three
     characters come again (docs/recall.md).
     """
     recipe = _with_model(needle_mag_f256(), conv_size=6)
