@@ -304,16 +304,14 @@ class Session:
 
     def _add(self, row: dict[str, Any]) -> Result:
         self.rows.append(row)
-        if "error" in row:
-            return RowFailed(f"{row['workload']} {row['settings']}: {row['error']}")
-        return Measurement(**{field.name: row[field.name] for field in dataclasses.fields(Measurement)})
+        return result_of(row)
 
     def _stored_rows(self) -> dict[str, dict[str, Any]]:
         """Rows without an error that `path` holds from this machine and commit; their compilation, too."""
         if not self.path.exists():
             return {}
         record = json.loads(self.path.read_text(encoding="utf-8"))
-        here, there = (where.get("gpu") or where for where in (self.machine, record["machine"]))
+        here, there = comparable(self.machine), comparable(record["machine"])
         for what, ours, theirs in (("machine", here, there), ("commit", self.commit, record["commit"])):
             if ours != theirs:
                 print(f"nothing kept of {self.path}: its {what} is {theirs}, this one {ours}", flush=True)
@@ -387,6 +385,18 @@ def _kill(process: subprocess.Popen[str]) -> None:
     """The process and those that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def result_of(row: dict[str, Any]) -> Result:
+    """What a stored row says."""
+    if "error" in row:
+        return RowFailed(f"{row['workload']} {row['settings']}: {row['error']}")
+    return Measurement(**{field.name: row[field.name] for field in dataclasses.fields(Measurement)})
+
+
+def comparable(machine: dict[str, Any]) -> Any:
+    """What two runs must share for their rows to stand in one file: a card, its driver and compilers."""
+    return machine.get("gpu") or machine
 
 
 def _on(gpu: str | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titans.benchmark.harness import Measurement, RowFailed
+from titans.benchmark.harness import comparable, result_of
 from titans.benchmark.stream_rows import CPU_MODEL, ROWS, Found, Plan, summarise
 from titans.errors import UserError
 from titans.models import SIZES
@@ -22,7 +22,10 @@ def merge(paths: Sequence[Path]) -> tuple[dict[str, Any], Plan]:
         UserError: a file cannot be read, or they come from different commits or machines.
     """
     records = [_read(path) for path in paths]
-    for what, of in (("commit", lambda record: record["commit"]), ("machine", _machine)):
+    for what, of in (
+        ("commit", lambda record: record["commit"]),
+        ("machine", lambda record: comparable(record["machine"])),
+    ):
         for path, record in zip(paths, records, strict=True):
             if of(record) != of(records[0]):
                 raise UserError(f"{path}: its {what} is {of(record)}, that of {paths[0]} {of(records[0])}")
@@ -38,7 +41,7 @@ def merge(paths: Sequence[Path]) -> tuple[dict[str, Any], Plan]:
     if not kept:
         raise UserError(f"{paths[0]}: no rows to merge")
     rows = [kept[key] for key in sorted(kept)]
-    found: Found = {_named(key): _result(kept[key]) for key in sorted(kept)}
+    found: Found = {_named(key): result_of(kept[key]) for key in sorted(kept)}
     settings = [row["settings"] for row in rows]
     small = () if any(each["config"] in ROWS.values() for each in settings) else tuple(CPU_MODEL.items())
     plan = Plan(
@@ -70,11 +73,6 @@ def _read(path: Path) -> dict[str, Any]:
     return record
 
 
-def _machine(record: dict[str, Any]) -> Any:
-    """Of a GPU's file the card, its driver and compilers, as where a run is resumed."""
-    return record["machine"].get("gpu") or record["machine"]
-
-
 def _place(path: Path, row: dict[str, Any]) -> tuple[Any, ...]:
     """In the order in which one run measures: size, row, tokens, batch (0: prefill)."""
     settings = row["settings"]
@@ -87,9 +85,3 @@ def _place(path: Path, row: dict[str, Any]) -> tuple[Any, ...]:
 def _named(place: tuple[Any, ...]) -> tuple[str, str, str, int, int]:
     size, number, tokens, batch = place
     return list(ROWS)[number], list(SIZES)[size], "decode" if batch else "prefill", batch, tokens
-
-
-def _result(row: dict[str, Any]) -> Measurement | RowFailed:
-    if "error" in row:
-        return RowFailed(f"{row['workload']} {row['settings']}: {row['error']}")
-    return Measurement(row["seconds"], row["peak_bytes"], row["versions"], row["first_seconds"], row["facts"])

@@ -16,7 +16,7 @@ from typing import Any
 from titans.data.sentences import SentenceTokens
 from titans.evaluation.babilong import TASKS, BabiStory, BabiTask, read_stories
 from titans.evaluation.needle import Draws, NeedleTask
-from titans.tasks.needles import _SPARE, Ids, NeedleRows, _Piece
+from titans.tasks.needles import SPARE, Ids, NeedleRows, Piece
 
 BABILONG: dict[str, BabiTask] = {f"babilong_{name}": task for name, task in TASKS.items()}
 
@@ -67,14 +67,14 @@ class BabiRows(NeedleRows):
             for name, of_task in stories.items()
         }
         self.tasks = list(self._stories)
-        self._shortest = {task: entries[0][0] + _SPARE for task, entries in self._stories.items()}
+        self._shortest = {task: entries[0][0] + SPARE for task, entries in self._stories.items()}
 
     def row(self, rng: random.Random, length: int) -> tuple[Ids, Ids]:
         """As of `NeedleRows`; an answer ends with its full stop, after which it would not be looked at."""
         fitting = {
             task: number
             for task, entries in self._stories.items()
-            if (number := bisect_right(entries, length - _SPARE, key=_tokens))
+            if (number := bisect_right(entries, length - SPARE, key=_tokens))
         }
         if not fitting:
             raise ValueError(
@@ -86,13 +86,13 @@ class BabiRows(NeedleRows):
         asked: list[BabiStory] = []
         for story in rng.sample(chain[:place], min(rng.randrange(self.questions), place)):
             tokens = len(self._ask(story).ids)
-            if room - tokens >= _SPARE:
+            if room - tokens >= SPARE:
                 asked.append(story)
                 room -= tokens
         depths = sorted(rng.random() for _ in chain[place].facts)
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         for number, (depth, fact) in enumerate(zip(depths, chain[place].facts, strict=True), 1):
-            pieces.append(_Piece(depth, self._fact(fact)))
+            pieces.append(Piece(depth, self._fact(fact)))
             following = depths[number] if number < len(depths) else 1.0
             pieces += [
                 self._ask(story, rng.uniform(depth, following))
@@ -102,9 +102,9 @@ class BabiRows(NeedleRows):
         final = [self._ask(chain[place])]
         return self._assemble(rng, Draws(rng, task), task, length, [], pieces, final, room)
 
-    def _ask(self, story: BabiStory, depth: float = 1.0) -> _Piece:
+    def _ask(self, story: BabiStory, depth: float = 1.0) -> Piece:
         question, answer = self.encode("\n" + story.question), self.encode(f" {story.answer}.")
-        return _Piece(depth, [*question, *answer], len(question), len(question) + len(answer))
+        return Piece(depth, [*question, *answer], len(question), len(question) + len(answer))
 
     def _fact(self, fact: str) -> list[int]:
         ids = self._facts.get(fact)

@@ -24,11 +24,11 @@ from titans.evaluation.needle import NOISE, Draws, NeedleTask, frame, needle_sen
 
 Ids = npt.NDArray[np.int64]
 # The first piece after the instruction may take a few tokens more than it does after a sentence.
-_SPARE = 16
+SPARE = 16
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Something that stands between two sentences of the haystack, at ``depth`` of it (0 to 1)."""
 
     depth: float
@@ -83,7 +83,7 @@ class NeedleRows:
         task = rng.choice(fitting)
         instruction = self.encode(frame(task, [""] * task.queries)[0])
         room = -1
-        while room < _SPARE:  # in a row of the least length, keys of many tokens are drawn again
+        while room < SPARE:  # in a row of the least length, keys of many tokens are drawn again
             draws = Draws(rng, task)
             pieces, final = self._pieces(rng, draws, task, length - len(instruction))
             room = length - len(instruction) - sum(len(piece.ids) for piece in [*pieces, *final])
@@ -91,20 +91,20 @@ class NeedleRows:
 
     def _pieces(
         self, rng: random.Random, draws: Draws, task: NeedleTask, budget: int
-    ) -> tuple[list[_Piece], list[_Piece]]:
+    ) -> tuple[list[Piece], list[Piece]]:
         """What goes into the haystack, by depth, and what follows it."""
         least = max(task.queries, task.keys)
         # Logarithms of the number are drawn evenly: few keys are as frequent as many.
         most = max(self.keys, least)
         wanted = int(least * ((most + 1) / least) ** rng.random())
         values: dict[str, list[tuple[float, str]]] = {}
-        hidden: list[_Piece] = []
+        hidden: list[Piece] = []
 
-        def hide() -> list[_Piece]:
+        def hide() -> list[Piece]:
             key = draws.key()
             values[key] = sorted((rng.random(), draws.value()) for _ in range(task.values))
             return [
-                _Piece(depth, self._unit(task, needle_sentence(task, key, value)))
+                Piece(depth, self._unit(task, needle_sentence(task, key, value)))
                 for depth, value in values[key]
             ]
 
@@ -113,12 +113,12 @@ class NeedleRows:
         used: set[str] = set()
         final = [self._question(rng, task, values, used)]
         left = budget - sum(len(piece.ids) for piece in [*hidden, *final])
-        spare = min(left - _SPARE, int(self.dense * rng.random() * budget))
+        spare = min(left - SPARE, int(self.dense * rng.random() * budget))
         questions = rng.randint(1, self.questions)
         asked = 1
         while True:
             # By turns a key and a question, until both are enough or the row is as dense as it may be.
-            more: list[_Piece] = []
+            more: list[Piece] = []
             where = hidden
             if len(values) < wanted and (asked >= questions or len(values) <= asked):
                 more = hide()
@@ -127,7 +127,7 @@ class NeedleRows:
                 where = final
                 if rng.random() < self.middle:
                     after = question.depth
-                    question = _Piece(
+                    question = Piece(
                         after + (1 - after) * rng.random(), question.ids, question.first, question.last
                     )
                     where = hidden
@@ -145,7 +145,7 @@ class NeedleRows:
         task: NeedleTask,
         values: dict[str, list[tuple[float, str]]],
         used: set[str],
-    ) -> _Piece:
+    ) -> Piece:
         """A question with its answer; ``depth`` is that of its last needle."""
         fresh = [key for key in values if key not in used]
         asked = rng.sample(fresh if len(fresh) >= task.queries else list(values), task.queries)
@@ -155,7 +155,7 @@ class NeedleRows:
         answer = self.encode(" " + ", ".join(value for _, value in facts))
         # The full stop is learned, too: a model that answers must know when it is done.
         ids = [*question, *answer, *self.encode(".")]
-        return _Piece(max(depth for depth, _ in facts), ids, len(question), len(ids))
+        return Piece(max(depth for depth, _ in facts), ids, len(question), len(ids))
 
     def _assemble(
         self,
@@ -164,11 +164,11 @@ class NeedleRows:
         task: NeedleTask,
         length: int,
         start: list[int],
-        pieces: list[_Piece],
-        final: list[_Piece],
+        pieces: list[Piece],
+        final: list[Piece],
         room: int,
     ) -> tuple[Ids, Ids]:
-        hay, bounds = self._haystack(rng, draws, task, length, room - _SPARE)
+        hay, bounds = self._haystack(rng, draws, task, length, room - SPARE)
         parts: list[Any] = [start]
         answers: list[tuple[int, int]] = []
         at, cursor = len(start), 0
@@ -180,7 +180,7 @@ class NeedleRows:
             parts.append(ids)
             at += len(ids)
 
-        def add_piece(piece: _Piece) -> None:
+        def add_piece(piece: Piece) -> None:
             answers.append((at + piece.first, at + piece.last))
             add(piece.ids)
 
@@ -272,4 +272,4 @@ class NeedleRows:
                 )
             question = len(self._question(rng, task, values, set()).ids)
             lengths.append(len(self.encode(frame(task, [""] * task.queries)[0])) + needles + question)
-        return max(lengths) + _SPARE + 8
+        return max(lengths) + SPARE + 8
