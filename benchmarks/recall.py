@@ -40,7 +40,8 @@ SHORT = 16384
 
 @dataclass(frozen=True)
 class Options:
-    """recipes, seeds: every pair is trained; "mqar_*" are all recipes of such names. train, test: haystacks.
+    """recipes, seeds: every pair is trained; "mqar_*" are all recipes of such names, and "needle_mag@3" is that
+    recipe with seed 3 alone. train, test: haystacks.
     babi: bAbI's archive, for BABILong. llama_tokenizer: SentencePiece model by which lengths are told. start:
     weights that --save has written, to go on from (of the same model), or the folder with those of each
     recipe and seed. seconds: of each training, start included; steps: instead; 0 steps: test the start as it
@@ -94,11 +95,16 @@ def run_path(folder: Path, name: str, seed: int, suffix: str) -> Path:
     return folder / f"{Path(name).name}-{seed}{suffix}"
 
 
-def named(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """The recipes' names, those with a "*" replaced by all that are meant."""
+def named(patterns: tuple[str, ...], seeds: tuple[int, ...]) -> list[tuple[str, int]]:
+    """Recipes' names with seeds, names with a "*" replaced by all that are meant."""
     from titans.recipes import RECIPES
 
-    return tuple(name for each in patterns for name in (fnmatch.filter(RECIPES, each) or [each]))
+    runs = []
+    for each in patterns:
+        pattern, _, seed = each.partition("@")
+        for name in fnmatch.filter(RECIPES, pattern) or [pattern]:
+            runs += [(name, number) for number in ([int(seed)] if seed else seeds)]
+    return sorted(runs, key=lambda run: run[1])
 
 
 def task_settings(recipe: Any) -> Any:
@@ -217,12 +223,11 @@ def main(options: Options) -> None:
 
     from titans.recipes import load_recipe
 
-    options = replace(options, recipes=named(options.recipes))
     options.work.mkdir(parents=True, exist_ok=True)
     gpus = torch.cuda.device_count()
     slots = [str(gpu) for gpu in range(gpus)] * options.jobs_per_gpu or [""] * options.jobs_per_gpu
-    waiting = [(name, seed) for seed in options.seeds for name in options.recipes]
-    of_text = [data for name in options.recipes if not (data := task_settings(load_recipe(name))).of_tokens]
+    waiting = named(options.recipes, options.seeds)
+    of_text = [data for name, _ in waiting if not (data := task_settings(load_recipe(name))).of_tokens]
     tasks = dict.fromkeys(task for data in of_text for task in options.tasks or data.tasks)
     plain = json.loads(json.dumps(asdict(options), default=str))
     session = Session(

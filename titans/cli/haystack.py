@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,9 @@ class Arguments:
     """Another haystack whose tokenizer to take; by default one is trained on these sources."""
     vocab_size: int = 4096
     """Of the tokenizer trained: a byte-level BPE in which digits and the characters of UUIDs stand alone."""
+    babi: Path | None = None
+    """bAbI's archive or folder: the tokenizer is trained on the stories of its train files, too, so that the
+    words of BABILong's answers are tokens. The haystack has no sentence of them."""
     characters: int = 30_000_000
     """Take so many of each source, at most; what is left out does not count."""
     without: Path | None = None
@@ -90,7 +93,17 @@ def _tokenizer(arguments: Arguments, corpora: list[Corpus]) -> "PreTrainedTokeni
     if arguments.tokenizer is not None:
         return SentenceTokens.load(arguments.tokenizer).tokenizer
     sentences = islice(_sentences(corpora, arguments.characters), _TRAINED_ON)
-    return train_bpe((" " + text for text in sentences), arguments.vocab_size)
+    stories = () if arguments.babi is None else _stories(arguments.babi)
+    return train_bpe((" " + text for text in chain(sentences, stories)), arguments.vocab_size)
+
+
+def _stories(babi: Path) -> Iterator[str]:
+    """Facts, questions and answers of all five tasks, as often as they come in stories."""
+    from titans.evaluation.babilong import TASKS, read_stories
+
+    for task in TASKS.values():
+        for story in read_stories(babi, task, "train"):
+            yield from (*story.facts, story.question, f"{story.answer}.")
 
 
 def _count(path: Path) -> Callable[[str], int]:

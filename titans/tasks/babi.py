@@ -2,7 +2,8 @@
 
 The order is that of `titans.evaluation.babilong`: facts in theirs, between sentences of the haystack, the
 question after all of it. bAbI asks a question after every few facts: a row may ask earlier ones of the same
-story, too, within the haystack, before the next fact comes. Test samples keep the published form.
+story, too, within the haystack, before the next fact comes, and may tell several stories. Test samples keep
+the published form.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ BABILONG: dict[str, BabiTask] = {f"babilong_{name}": task for name, task in TASK
 
 # Stories that go on from one another: the facts of each begin with those of the one before.
 Chain = list[BabiStory]
+# Tokens of a story with its question, its chain, its place there.
+Entry = tuple[int, Chain, int]
 
 
 def chains(stories: Iterable[BabiStory]) -> list[Chain]:
@@ -46,16 +49,17 @@ class BabiRows(NeedleRows):
     Args:
         sentences: the haystack.
         stories: of each task, by its name.
-        questions: asked in a row at most: the last one of a story after the text, others before it.
+        keys: stories of a row at most, one told after the other: who was seen in several is where the last
+            one says. With one alone, a row of 4,096 tokens would have five answers of a word to learn from.
+        questions: of each story at most: the last one after its last fact, others before that.
     """
 
     def __init__(
-        self, sentences: SentenceTokens, stories: Mapping[str, Sequence[Chain]], *, questions: int
+        self, sentences: SentenceTokens, stories: Mapping[str, Sequence[Chain]], *, keys: int, questions: int
     ) -> None:
-        super().__init__(sentences, [], keys=1, questions=questions, dense=0.0, middle=0.0)
+        super().__init__(sentences, [], keys=keys, questions=questions, dense=0.0, middle=0.0)
         self._facts: dict[str, list[int]] = {}  # some hundred make all stories of a task
-        # Tokens of a story with its question, its chain, its place there; the shortest first.
-        self._stories = {
+        self._stories: dict[NeedleTask, list[Entry]] = {  # the shortest first
             NeedleTask(name=name, haystack="essay"): sorted(
                 (
                     (sum(len(self._fact(fact)) for fact in story.facts) + len(self._ask(story).ids), chain, i)
@@ -81,26 +85,58 @@ class BabiRows(NeedleRows):
                 f"length: expected at least {self.shortest()} tokens for these tasks, got {length}"
             )
         task = rng.choice(list(fitting))
-        tokens, chain, place = self._stories[task][rng.randrange(fitting[task])]
-        room = length - tokens
-        asked: list[BabiStory] = []
-        for story in rng.sample(chain[:place], min(rng.randrange(self.questions), place)):
-            tokens = len(self._ask(story).ids)
-            if room - tokens >= SPARE:
-                asked.append(story)
-                room -= tokens
-        depths = sorted(rng.random() for _ in chain[place].facts)
-        pieces: list[Piece] = []
-        for number, (depth, fact) in enumerate(zip(depths, chain[place].facts, strict=True), 1):
-            pieces.append(Piece(depth, self._fact(fact)))
-            following = depths[number] if number < len(depths) else 1.0
-            pieces += [
-                self._ask(story, rng.uniform(depth, following))
-                for story in asked
-                if len(story.facts) == number
-            ]
+        told, room = self._tell(rng, self._stories[task], length)
+        asked: list[list[BabiStory]] = []
+        for chain, place in told:
+            asked.append([])
+            for story in rng.sample(chain[:place], min(rng.randrange(self.questions), place)):
+                tokens = len(self._ask(story).ids)
+                if room - tokens >= SPARE:
+                    asked[-1].append(story)
+                    room -= tokens
+        # The last question comes after all of the text, that of an earlier story before the next one.
+        for (chain, place), questions in zip(told[:-1], asked[:-1], strict=True):
+            questions.append(chain[place])
+        chain, place = told[-1]
+        pieces = self._scatter(rng, [chain[place].facts for chain, place in told], asked)
         final = [self._ask(chain[place])]
         return self._assemble(rng, Draws(rng, task), task, length, [], pieces, final, room)
+
+    def _tell(
+        self, rng: random.Random, entries: list[Entry], room: int
+    ) -> tuple[list[tuple[Chain, int]], int]:
+        """Stories that fit into so many tokens together, one at least, as chains and places; what is left.
+
+        Logarithms of their number are drawn evenly: one is as frequent as many.
+        """
+        told: list[tuple[Chain, int]] = []
+        for _ in range(int((self.keys + 1) ** rng.random())):
+            number = bisect_right(entries, room - SPARE, key=_tokens)
+            if not number:
+                break
+            tokens, chain, place = entries[rng.randrange(number)]
+            told.insert(0, (chain, place))
+            room -= tokens
+        return told, room
+
+    def _scatter(
+        self, rng: random.Random, told: list[tuple[str, ...]], asked: list[list[BabiStory]]
+    ) -> list[Piece]:
+        """The facts of all stories at depths drawn evenly, each question somewhere before the next fact."""
+        depths = sorted(rng.random() for facts in told for _ in facts)
+        ends = iter([*depths[1:], 1.0])
+        starts = iter(depths)
+        pieces: list[Piece] = []
+        for facts, questions in zip(told, asked, strict=True):
+            for number, fact in enumerate(facts, 1):
+                start, end = next(starts), next(ends)
+                pieces.append(Piece(start, self._fact(fact)))
+                pieces += [
+                    self._ask(story, rng.uniform(start, end))
+                    for story in questions
+                    if len(story.facts) == number
+                ]
+        return pieces
 
     def _ask(self, story: BabiStory, depth: float = 1.0) -> Piece:
         question, answer = self.encode("\n" + story.question), self.encode(f" {story.answer}.")
@@ -117,5 +153,5 @@ class BabiRows(NeedleRows):
         return super()._first(ids)[len(self._break) :]
 
 
-def _tokens(entry: tuple[int, Chain, int]) -> int:
+def _tokens(entry: Entry) -> int:
     return entry[0]

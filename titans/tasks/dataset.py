@@ -182,7 +182,7 @@ def _babi_rows(settings: TaskSettings, train: SentenceTokens, held_out: Sentence
     first = {name: of_task[: _border(len(of_task))] for name, of_task in chains.items()}
     last = {name: of_task[_border(len(of_task)) :] for name, of_task in chains.items()}
     return [
-        BabiRows(_enough(settings, sentences), stories, questions=settings.questions)
+        BabiRows(_enough(settings, sentences), stories, keys=settings.keys, questions=settings.questions)
         for sentences, stories in ((train, first), (held_out, last))
     ]
 

@@ -35,9 +35,9 @@ class TaskSettings(DataSource):
     babi: Path | None = None
     """bAbI's archive or folder, for BABILong tasks: its train files."""
     keys: int = 8
-    """Keys hidden in a row at most, where the task asks for no more."""
+    """Keys hidden in a row at most, where the task asks for no more. Of BABILong: stories told in a row."""
     questions: int = 8
-    """Questions in a row at most."""
+    """Questions in a row at most; of BABILong: about a story."""
     dense: float = 0.75
     """Share of a row that its needles and questions beyond the first may take, at most."""
     middle: float = 0.5
