@@ -41,9 +41,9 @@ SHORT = 16384
 @dataclass(frozen=True)
 class Options:
     """recipes, seeds: every pair is trained; "mqar_*" are all recipes of such names, "needle_mag@3" is that
-    one with seed 3 alone. train, test: haystacks. babi: bAbI's archive, for BABILong. llama_tokenizer: SentencePiece model by which lengths are told. start:
-    weights that --save has written, to go on from (of the same model), or the folder with those of each
-    recipe and seed. seconds: of each training, start included; steps: instead; 0 steps: test the start as it
+    one with seed 3 alone. train, test: haystacks. babi: bAbI's archive, for BABILong. llama_tokenizer:
+    SentencePiece model by which lengths are told. start: weights that --save has written, to go on from (of
+    the same model), or the folder with those of each recipe and seed. seconds: of each training, start included; steps: instead; 0 steps: test the start as it
     is. tasks, lengths, samples: of the tests, the samples for each task and length, the tasks by default the
     recipe's own; short_samples: of those of at most 16K tokens. rows: of them at once (None: all).
     attention_length: longest test of full attention. token_lengths: of MQAR's tests.
