@@ -2,6 +2,8 @@
 
 Convolutions are of eight tokens: where a place is written, the memory of the first block sees who went there
 ("Daniel went back to the kitchen": five tokens before; `titans haystack --babi` makes the words tokens).
+Windows are of 64 tokens: with 256 the answers of training were within them, and the memory learned next to
+nothing.
 """
 
 from dataclasses import replace
@@ -13,6 +15,7 @@ from titans.training.recipe import Recipe
 
 BABI = Path("runs/recall/babi.tar.xz")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+WINDOW = 64
 TASKS = tuple(f"babilong_qa{number}" for number in range(1, 6))
 
 
@@ -49,5 +52,5 @@ def babilong_qa1_mag_f256() -> Recipe:
 def _on_babilong(recipe: Recipe, tasks: tuple[str, ...] = TASKS) -> Recipe:
     assert isinstance(recipe.data, TaskSettings)
     # An answer is one word: rows of one story would leave a batch with next to nothing to learn from.
-    data = replace(recipe.data, tasks=tasks, babi=BABI, lengths=LENGTHS, keys=16, questions=5)
-    return replace(recipe, model=replace(recipe.model, conv_size=8), data=data)
+    data = replace(recipe.data, tasks=tasks, babi=BABI, lengths=LENGTHS, keys=4, questions=5, decoys=0.3)
+    return replace(recipe, model=replace(recipe.model, conv_size=8, window_size=WINDOW), data=data)

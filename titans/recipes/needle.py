@@ -108,6 +108,14 @@ def needle_mag_f256() -> Recipe:
     return _with_model(needle_mag(), memory_expansion=4, intermediate_size=288)
 
 
+def needle_mag_f256_second() -> Recipe:
+    """A second leg from its weights, among sentences with numbers, of which a memory must write nothing."""
+    recipe = needle_mag_f256()
+    assert isinstance(recipe.data, TaskSettings)
+    data = replace(recipe.data, decoys=0.3, curriculum_steps=0)
+    return replace(recipe, data=data, training=replace(recipe.training, learning_rate=5e-4))
+
+
 def needle_mal() -> Recipe:
     """Memory as a layer below attention with a window of 256."""
     return _with_model(needle_lmm(), **_hybrid("mal"))

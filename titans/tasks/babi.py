@@ -17,6 +17,7 @@ from typing import Any
 from titans.data.sentences import SentenceTokens
 from titans.evaluation.babilong import TASKS, BabiStory, BabiTask, read_stories
 from titans.evaluation.needle import Draws, NeedleTask
+from titans.tasks.decoys import Decoys, rare
 from titans.tasks.needles import SPARE, Ids, NeedleRows, Piece
 
 BABILONG: dict[str, BabiTask] = {f"babilong_{name}": task for name, task in TASKS.items()}
@@ -52,10 +53,17 @@ class BabiRows(NeedleRows):
         keys: stories of a row at most, one told after the other: who was seen in several is where the last
             one says. With one alone, a row of 4,096 tokens would have five answers of a word to learn from.
         questions: of each story at most: the last one after its last fact, others before that.
+        decoys: share of the haystack that sentences with rare words of the stories may take, at most.
     """
 
     def __init__(
-        self, sentences: SentenceTokens, stories: Mapping[str, Sequence[Chain]], *, keys: int, questions: int
+        self,
+        sentences: SentenceTokens,
+        stories: Mapping[str, Sequence[Chain]],
+        *,
+        keys: int,
+        questions: int,
+        decoys: float = 0.0,
     ) -> None:
         super().__init__(sentences, [], keys=keys, questions=questions, dense=0.0, middle=0.0)
         self._facts: dict[str, list[int]] = {}  # some hundred make all stories of a task
@@ -71,6 +79,9 @@ class BabiRows(NeedleRows):
             for name, of_task in stories.items()
         }
         self.tasks = list(self._stories)
+        if decoys:
+            words = {token for ids in self._facts.values() for token in ids}
+            self.decoys = Decoys(sentences, rare(sentences, words), decoys)
         self._shortest = {task: entries[0][0] + SPARE for task, entries in self._stories.items()}
 
     def row(self, rng: random.Random, length: int) -> tuple[Ids, Ids]:
@@ -100,6 +111,7 @@ class BabiRows(NeedleRows):
         chain, place = told[-1]
         pieces = self._scatter(rng, [chain[place].facts for chain, place in told], asked)
         final = [self._ask(chain[place])]
+        pieces, room = self._with_decoys(rng, pieces, room)
         return self._assemble(rng, Draws(rng, task), task, length, [], pieces, final, room)
 
     def _tell(

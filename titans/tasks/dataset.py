@@ -16,6 +16,7 @@ from titans.evaluation.needle import TASKS
 from titans.evaluation.recall import MQAR, TokenBatch
 from titans.evaluation.selective_copy import SelectiveCopy
 from titans.tasks.babi import BABILONG, BabiRows, training_chains
+from titans.tasks.decoys import Decoys, digits
 from titans.tasks.needles import NeedleRows
 from titans.tasks.settings import TOKEN_TASKS, TaskSettings
 from titans.training.data import TrainingData
@@ -168,6 +169,7 @@ def _needle_rows(settings: TaskSettings, *parts: SentenceTokens) -> list[NeedleR
             questions=settings.questions,
             dense=settings.dense,
             middle=settings.middle,
+            decoys=Decoys(sentences, digits(sentences), settings.decoys) if settings.decoys else None,
         )
         for sentences in parts
     ]
@@ -182,7 +184,13 @@ def _babi_rows(settings: TaskSettings, train: SentenceTokens, held_out: Sentence
     first = {name: of_task[: _border(len(of_task))] for name, of_task in chains.items()}
     last = {name: of_task[_border(len(of_task)) :] for name, of_task in chains.items()}
     return [
-        BabiRows(_enough(settings, sentences), stories, keys=settings.keys, questions=settings.questions)
+        BabiRows(
+            _enough(settings, sentences),
+            stories,
+            keys=settings.keys,
+            questions=settings.questions,
+            decoys=settings.decoys,
+        )
         for sentences, stories in ((train, first), (held_out, last))
     ]
 

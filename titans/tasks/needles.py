@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from titans.data.bpe import WordEncoder
 from titans.data.dataset import IGNORED
 from titans.data.sentences import SentenceTokens
 from titans.evaluation.needle import NOISE, Draws, NeedleTask, frame, needle_sentence
+from titans.tasks.decoys import Decoys
 
 Ids = npt.NDArray[np.int64]
 # The first piece after the instruction may take a few tokens more than it does after a sentence.
@@ -48,6 +49,7 @@ class NeedleRows:
         dense: share of a row that needles and questions may take beyond the first ones, at most; drawn evenly
             from 0 to this for each row, so that some look like the published ones.
         middle: share of the questions beyond the first that are asked within the haystack.
+        decoys: what stands between the sentences of the haystack beside needles, if anything.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class NeedleRows:
         questions: int,
         dense: float,
         middle: float,
+        decoys: Decoys | None = None,
     ):
         self.sentences = sentences
+        self.decoys = decoys
         self.encode = WordEncoder(sentences.tokenizer)
         self.tasks, self.keys, self.questions, self.dense, self.middle = tasks, keys, questions, dense, middle
         self._break = self.encode("\n")
@@ -87,6 +91,7 @@ class NeedleRows:
             draws = Draws(rng, task)
             pieces, final = self._pieces(rng, draws, task, length - len(instruction))
             room = length - len(instruction) - sum(len(piece.ids) for piece in [*pieces, *final])
+        pieces, room = self._with_decoys(rng, pieces, room, lambda: self.encode(" " + draws.value()))
         return self._assemble(rng, draws, task, length, instruction, pieces, final, room)
 
     def _pieces(
@@ -138,6 +143,20 @@ class NeedleRows:
                 break
             where += more
         return sorted(hidden, key=lambda piece: piece.depth), final
+
+    def _with_decoys(
+        self,
+        rng: random.Random,
+        pieces: list[Piece],
+        room: int,
+        value: Callable[[], list[int]] | None = None,
+    ) -> tuple[list[Piece], int]:
+        """Decoys anywhere among the pieces, and the room that is left."""
+        if self.decoys is None:
+            return pieces, room
+        found = [Piece(rng.random(), ids) for ids in self.decoys.draw(rng, room - SPARE, value)]
+        left = room - sum(len(piece.ids) for piece in found)
+        return sorted([*pieces, *found], key=lambda piece: piece.depth), left
 
     def _question(
         self,

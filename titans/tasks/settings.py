@@ -42,6 +42,9 @@ class TaskSettings(DataSource):
     """Share of a row that its needles and questions beyond the first may take, at most."""
     middle: float = 0.5
     """Share of these questions that are asked within the haystack."""
+    decoys: float = 0.0
+    """Share of a row's haystack that sentences may take, at most, which have something of a fact but are
+    none: numbers, or words of BABILong's stories."""
     vocab_size: int = 8192
     """Of mqar and selective_copy."""
     pairs: tuple[int, ...] = (32,)
@@ -50,15 +53,16 @@ class TaskSettings(DataSource):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "tokens_per_batch", "validation_batches", "keys", "questions")
-        at_least(self, 0, "curriculum_steps", "dense", "middle")
+        at_least(self, 0, "curriculum_steps", "dense", "middle", "decoys")
         if not self.pairs or min(self.pairs) < 1:
             raise UserError(f"data.pairs: expected numbers of at least 1, got {self.pairs}")
         if not self.tasks or not self.lengths or list(self.lengths) != sorted(self.lengths):
             raise UserError(
                 f"data: expected at least one task and ascending lengths, got {self.tasks} and {self.lengths}"
             )
-        if max(self.dense, self.middle) > 1:
-            raise UserError(f"data: expected dense and middle of at most 1, got {self.dense}, {self.middle}")
+        for name in ("dense", "middle", "decoys"):
+            if (share := getattr(self, name)) > 1:
+                raise UserError(f"data.{name}: expected at most 1, got {share}")
 
     @property
     def of_tokens(self) -> bool:
