@@ -79,22 +79,25 @@ def mqar(record: Row, table: Table) -> str:
 
 
 def ablations(record: Row, table: Table) -> str:
-    """A line for each model, its share over all numbers of pairs, and what the base is ahead by."""
+    """A line for each model and task."""
     from titans.recipes import RECIPES
 
     about = (
-        "A memory alone (two blocks of width 128), trained on MQAR in rows of at most "
-        f"{longest(record)} tokens, each time with one change: percent of the values right, over all numbers "
-        f"of pairs, by the tokens of a row. {_SEEDS} Not among them: decay per channel, which the op has "
-        "and the layer's gates have not, and reading before the write, for which there is no option.\n"
+        "A memory alone (two blocks of width 128), trained on single needles in rows of at most "
+        f"{longest(record)} tokens, each time with one change. {_PERCENT} Not among them: decay per channel, "
+        "which the op has and the layer's gates have not, and reading before the write, for which there is "
+        "no option.\n"
     )
-    found = shares(record["rows"], lambda row: (row["model"], row["length"]))
-    lengths = sorted({length for _, length in found})
+    found = shares(record["rows"], lambda row: (row["model"], row["task"], row["length"]))
+    lengths = sorted({length for _, _, length in found})
     lines = []
-    for model in dict.fromkeys(model for model, _ in found):
+    for model in dict.fromkeys(model for model, _, _ in found):
         says = (RECIPES[model].__doc__ or "").rstrip(".") if model in RECIPES else ""
-        lines.append([short_name(model), says, *(cell(found.get((model, length))) for length in lengths)])
-    header = ["model", "what", *map(short_length, lengths)]
+        for task, short in NEEDLES.items():
+            cells = [cell(found.get((model, task, length))) for length in lengths]
+            if any(cells):
+                lines.append([short_name(model), says, short, *cells])
+    header = ["model", "what", "task", *map(short_length, lengths)]
     return "\n".join([*_head("Ablations", about, record, table), table(header, lines), ""])
 
 
@@ -141,8 +144,19 @@ def _answers(rows: list[Row], tasks: dict[str, str], table: Table) -> str:
             cells = [cell(found.get((model, task, length))) for length in lengths]
             if any(cells):
                 lines.append([short_name(model), short, *cells])
-    samples = next((row["rows"] for row in rows if row.get("kind") == "test" and "rows" in row), 0)
-    return table(["model", f"task ({samples} samples)", *map(short_length, lengths)], lines)
+    return table(["model", f"task ({_samples(rows)} samples)", *map(short_length, lengths)], lines)
+
+
+def _samples(rows: list[Row]) -> str:
+    """Of a test, by length: "48, from 64K on 16"."""
+    by_length = {row["length"]: row["rows"] for row in rows if row.get("kind") == "test" and "rows" in row}
+    said: list[str] = []
+    before = None
+    for length, number in sorted(by_length.items()):
+        if number != before:
+            said.append(f"from {short_length(length)} on {number}" if said else str(number))
+        before = number
+    return ", ".join(said)
 
 
 def cell(by_seed: BySeed | None) -> str:

@@ -166,7 +166,7 @@ def test_tasks_of_tokens_are_tested_at_any_length():
     assert found == [(16, 4, 8), *((length, pairs, 2 * pairs) for length in (64, 256) for pairs in (4, 8))]
 
 
-@pytest.mark.parametrize(("family", "size"), [("needle", 3.7e6), ("babilong", 3.7e6), ("mqar", 4.75e6)])
+@pytest.mark.parametrize(("family", "size"), [("needle", 3.7e6), ("babilong", 3.7e6), ("mqar", 2.92e6)])
 def test_recipes_of_a_family_have_equal_sizes(family, size):
     from titans.models import TitansForCausalLM
 
@@ -188,7 +188,7 @@ def test_an_ablation_leaves_out_one_part_and_keeps_the_size():
     for number, recipe in enumerate(map(load_recipe, filter(re.compile("ablation_").match, RECIPES))):
         assert dataclasses.replace(recipe, model=base.model) == base
         assert (recipe == base) == (number == 0)
-        model = TitansForCausalLM(recipe.model.build(recipe.data.vocab_size))
+        model = TitansForCausalLM(recipe.model.build(4096))
         found = sum(parameter.numel() for parameter in model.parameters())
         size = size or found
         assert abs(found / size - 1) < 0.07

@@ -11,8 +11,10 @@ from titans.recipes.babilong import (
     babilong_lmm,
     babilong_mag,
     babilong_mag_f256,
+    babilong_mag_f256_second,
     babilong_qa1_mag,
     babilong_qa1_mag_f256,
+    babilong_qa1_mag_f256_second,
     babilong_sliding,
 )
 from titans.recipes.demo import demo_mac
@@ -55,7 +57,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(needle_mag_f256, needle_mag_f256_second),
         *(needle_mal, needle_attention, needle_sliding),
         *(babilong_qa1_mag, babilong_qa1_mag_f256, babilong_mag, babilong_mag_f256),
-        *(babilong_lmm, babilong_sliding),
+        *(babilong_qa1_mag_f256_second, babilong_mag_f256_second, babilong_lmm, babilong_sliding),
         *(mqar_lmm, mqar_lmm_linear, mqar_lmm_f256),
         *(mqar_mag, mqar_mac, mqar_mal, mqar_attention, mqar_sliding),
         *ABLATIONS,

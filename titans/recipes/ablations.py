@@ -1,19 +1,20 @@
 """What each part of the memory is for: one small model, and what changes when a part of it is left out.
 
 The base is a memory alone (lmm) of two blocks of width 128, as in the paper but for its size: two layers,
-momentum, gates per layer, a forget gate, convolutions, persistent tokens. It learns MQAR, which takes a few
-hundred steps, in rows of at most 256 tokens, which are short enough for what has no kernels.
+momentum, gates per layer, a forget gate, convolutions, persistent tokens. It learns needles in rows of at
+most 1,024 tokens, which are short enough for what has no kernels.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
+from titans.recipes.needle import HAYSTACK, PRICE_OF_UNSEEN, SINGLE_NEEDLES
 from titans.tasks.settings import TaskSettings
 from titans.training.recipe import ModelSettings, Recipe, TrainingSettings
 
 
 def ablation_base() -> Recipe:
-    """A memory alone, small, on MQAR in short rows: what the others are measured by."""
+    """A memory alone, small, on needles in short rows: what the others are measured by."""
     return Recipe(
         model=ModelSettings(
             size="tiny",
@@ -30,11 +31,12 @@ def ablation_base() -> Recipe:
             num_persistent_tokens=4,
         ),
         data=TaskSettings(
-            tasks=("mqar",),
-            lengths=(64, 128, 256),
-            pairs=(4, 8, 16, 32),
-            vocab_size=1024,
-            tokens_per_batch=16384,
+            tasks=SINGLE_NEEDLES,
+            haystack=HAYSTACK,
+            lengths=(256, 512, 1024),
+            tokens_per_batch=32768,
+            keys=2,
+            questions=4,
         ),
         training=TrainingSettings(
             steps=800,
@@ -42,6 +44,7 @@ def ablation_base() -> Recipe:
             learning_rate=2e-3,
             min_learning_rate_ratio=0.0,
             warmup_steps=50,
+            write_penalty=PRICE_OF_UNSEEN,
             max_skipped_steps=20,
             precision="bf16",
             eval_every=200,

@@ -49,6 +49,23 @@ def babilong_qa1_mag_f256() -> Recipe:
     return _on_babilong(needle_mag_f256(), TASKS[:1])
 
 
+def babilong_qa1_mag_f256_second() -> Recipe:
+    """A second leg from its weights: longer rows, more decoys, a higher price."""
+    return _second(babilong_qa1_mag_f256())
+
+
+def babilong_mag_f256_second() -> Recipe:
+    """The same on qa1 to qa5 together."""
+    return _second(babilong_mag_f256())
+
+
+def _second(recipe: Recipe) -> Recipe:
+    assert isinstance(recipe.data, TaskSettings)
+    data = replace(recipe.data, lengths=(*LENGTHS, 16384), decoys=0.6, curriculum_steps=0)
+    training = replace(recipe.training, learning_rate=5e-4, write_penalty=100.0)
+    return replace(recipe, data=data, training=training)
+
+
 def _on_babilong(recipe: Recipe, tasks: tuple[str, ...] = TASKS) -> Recipe:
     assert isinstance(recipe.data, TaskSettings)
     # An answer is one word: rows of one story would leave a batch with next to nothing to learn from.

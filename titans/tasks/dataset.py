@@ -95,7 +95,8 @@ class TokenMaker:
     def task(self, length: int, pairs: int, seed: int) -> MQAR | SelectiveCopy:
         vocab_size = self.settings.vocab_size
         if self.settings.tasks == ("mqar",):
-            return MQAR(vocab_size=vocab_size, length=length, pairs=pairs, seed=seed)
+            noise = self.settings.noise
+            return MQAR(vocab_size=vocab_size, length=length, pairs=pairs, noise=noise, seed=seed)
         return SelectiveCopy(vocab_size=vocab_size, length=length, tokens=pairs, seed=seed)
 
 

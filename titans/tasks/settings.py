@@ -50,6 +50,9 @@ class TaskSettings(DataSource):
     pairs: tuple[int, ...] = (32,)
     """Of mqar; tokens to be copied in selective_copy. Each batch draws one of these, of at most one for 4
     tokens, or has so many."""
+    noise: bool = True
+    """Of mqar: whether what is neither pair nor question are random tokens, keys with other values among
+    them; else they are all 0, as in Zoology's figure 2."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "tokens_per_batch", "validation_batches", "keys", "questions")
