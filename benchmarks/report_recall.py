@@ -47,24 +47,24 @@ def needles(record: Row, table: Table, title: str) -> str:
     )
 
 
-def babilong(record: Row, table: Table) -> str:
+def babilong(record: Row, table: Table, title: str = "BABILong") -> str:
     about = (
         "bAbI's test stories in held-out books, lengths in Llama-2 tokens; trained on the train stories in "
         f"rows of at most {longest(record)} tokens of other books. {_PERCENT}"
     )
     return "\n".join(
         [
-            *_head("BABILong", about, record, table),
+            *_head(title, about, record, table),
             _answers(record["rows"], BABILONG, table),
             "\nThe paper's fine-tuned MAC: 94 % at 1M, 69 % at 10M.\n",
         ]
     )
 
 
-def mqar(record: Row, table: Table) -> str:
+def mqar(record: Row, table: Table, title: str = "MQAR") -> str:
     """A line for each model and number of pairs."""
     about = (
-        "Pairs of random tokens, then noise in which each key comes once more (Zoology): percent of the "
+        "Pairs of random tokens, after which each key comes once more (Zoology): percent of the "
         f"values that are the likeliest token, by the tokens of a row; trained on at most {longest(record)}, "
         f"every number of pairs in the same run. {_SEEDS}"
     )
@@ -75,7 +75,7 @@ def mqar(record: Row, table: Table) -> str:
         for model, pairs in dict.fromkeys((model, pairs) for model, pairs, _ in found)
     ]
     header = ["model", "pairs", *map(short_length, lengths)]
-    return "\n".join([*_head("MQAR", about, record, table), table(header, lines), ""])
+    return "\n".join([*_head(title, about, record, table), table(header, lines), ""])
 
 
 def ablations(record: Row, table: Table) -> str:
@@ -126,7 +126,7 @@ def _head(title: str, about: str, record: Row, table: Table) -> list[str]:
             f"{row['tokens'] / 1e6:,.0f}" if "tokens" in row else "",
             f"{row['seconds']:.0f}" if "seconds" in row else "",
             f"{row['validation'][-1]['eval_answer_accuracy']:.1%}" if row.get("validation") else "",
-            f"{row['max_grad_norm']:.1f}" if row.get("max_grad_norm") is not None else "",
+            f"{row['max_grad_norm']:.4g}" if row.get("max_grad_norm") is not None else "",
         ]
         for row in _trained(record)
     ]
