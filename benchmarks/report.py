@@ -127,7 +127,7 @@ def stability(record: dict[str, Any]) -> str:
     title = {
         "stability": "## Does the recipe train?",
         "stability_matrix": "## The bound on the inner step",
-        "stability_gpu": "## Every variant, depth, chunk and precision",
+        "stability_gpu": "## What trains on the kernels: bf16, depth 1 and 2",
         "stability_chunked": "## What has no kernels: fp32, depth 3 and 4",
     }[record["name"]]
     length = record["options"].get("sequence_length", 256)
@@ -411,7 +411,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Any], None]]] = {
     "ops_gpu.json": ("Time over Gated DeltaNet's by shape", plot_ops),
     "models_gpu.json": ("Tokens/s by length", plot_models),
-    "stability_gpu.json": ("Norms over 2,000 steps", plot_stability),
+    "stability_gpu.json": ("Norms over the steps, on the kernels", plot_stability),
     "stability_chunked.json": ("Norms over the steps, chunked path", plot_stability),
     "models_gpu_first.json": ("Tokens/s by length, an earlier run", plot_models),
     "recall.json": ("Needles far beyond the training length", plot_needles),

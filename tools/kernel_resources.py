@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from titans.benchmark.harness import commit
-from titans.ops.kernels import layer_conv, layer_norm, linear_passes, mlp_passes
+from titans.ops.kernels import layer_conv, layer_conv_wide, layer_norm, linear_passes, mlp_passes
 from titans.ops.kernels.gates import gate_vectors
 from titans.ops.kernels.launch import Launch
 from titans.ops.kernels.linear import (
@@ -52,7 +52,7 @@ INDICES = {"table": "*i64", "cell_row": "*i32", "arrived": "*i32"}
 # Gates, the state between groups, the LN and the gradients of these are fp32 for every dtype of q, k and v.
 FP32 = re.compile(
     r"vectors\d?|(grad_)?(gain|bias|weight|theta|log_decay|log_momentum|first\d|end\d)|rows_(in|out)|gate_parts\d?|exchange"
-    r"|kept_(W\d?|S)|\w+_(state|anchor)"
+    r"|kept_(W\d?|S)|slopes|\w+_(state|anchor)"
 )
 
 
@@ -107,6 +107,8 @@ def compiled_kernels() -> Iterator[Configuration]:
     layer = {
         layer_conv.conv_forward: layer_conv.FORWARD,
         layer_conv.conv_backward: layer_conv.BACKWARD,
+        layer_conv_wide.conv_slopes: layer_conv_wide.BACKWARD,
+        layer_conv_wide.conv_backward_wide: layer_conv_wide.BACKWARD,
         layer_norm.norm_gate_forward: layer_norm.FORWARD,
         layer_norm.norm_gate_backward: layer_norm.BACKWARD,
     }
@@ -139,8 +141,10 @@ def _configuration(kernel: Any, launch: Launch, dtype: str, sizes: dict[str, int
 def _layer_configuration(kernel: Any, launch: Launch, heads: int, dim: int) -> Configuration:
     """Half-precision streams, fp32 parameters."""
     tokens = layer_conv.TOKENS if kernel is layer_conv.conv_backward else launch.block // dim
+    wide = kernel in (layer_conv_wide.conv_slopes, layer_conv_wide.conv_backward_wide)
     sizes = {"H": heads, "D": dim, "BD": dim, "BH": launch.block // dim, "BT": tokens}
-    options = {"TILES": layer_norm.TILES, "STAGES": launch.stages, "UNIT": True, "EPS": layer_conv.EPS}
+    sizes |= {"W": 6, "BW": 8} if wide else {"W": 4}
+    options = {"TILES": layer_norm.TILES, "STAGES": launch.stages, "UNIT": True, "EPS": layer_conv_wide.EPS}
     constants = {key: value for key, value in {**sizes, **options}.items() if key in kernel.arg_names}
     return Configuration(
         f"layer {kernel.__name__} D{dim} bf16", kernel, constants, launch.warps, launch.stages

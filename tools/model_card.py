@@ -34,8 +34,8 @@ file holds bfloat16 (gates and initial memory float32); the model is loaded in f
 Sentences of public-domain books of Project Gutenberg, of English Wikipedia (CC BY-SA 3.0) and of docstrings
 of NumPy, NetworkX, SymPy, Matplotlib, PyTorch and Transformers (`tools/docstrings.py`; under their own free
 licences) with needles of RULER's form (arXiv:2404.06654), generated while training: {tasks},
-rows of {lengths} tokens. The tokenizer is a byte-level BPE of {vocabulary:,} ids of the same texts. Tests are
-made of other books.
+rows of {lengths} tokens. The tokenizer is a byte-level BPE of {vocabulary:,} ids of the same texts
+and of bAbI's train stories (`titans haystack --babi`). Tests are made of other books.
 
 ## Training
 

@@ -190,7 +190,7 @@ def test_auto_takes_them_on_a_card(monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "dtype", "message"),
     [
-        ({"conv_size": 3}, torch.float32, r"impl='triton' needs a convolution over 4 tokens, got 3"),
+        ({"conv_size": 9}, torch.float32, r"impl='triton' needs a convolution over 2 to 8 tokens, got 9"),
         ({}, torch.float64, r"impl='triton' needs projections in bfloat16, .* got torch.float64"),
     ],
     ids=["width", "dtype"],

@@ -43,9 +43,10 @@ def draw(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(dtype).to(DEVICE).requires_grad_()
 
 
-def conv_arguments(size, dtype=torch.float32):
+def conv_arguments(size, dtype=torch.float32, width=4):
     B, T, H, D = size
-    return draw(B, T, H * D, dtype=dtype), draw(B, 3, H * D, dtype=dtype), draw(H * D, 4, dtype=dtype)
+    C = H * D
+    return draw(B, T, C, dtype=dtype), draw(B, width - 1, C, dtype=dtype), draw(C, width, dtype=dtype)
 
 
 def norm_gate_arguments(size, dtype=torch.float32):
@@ -77,6 +78,18 @@ def _with_gradients(function, tensors, settings):
 def test_convolution_agrees(size, unit):
     """The result and the gradients of x, tail and weight."""
     assert_agree(conv_silu, plain_conv, conv_arguments(size), size[2], unit)
+
+
+@pytest.mark.parametrize("width", [2, 3, 6, 8])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+def test_wider_and_narrower_convolutions_agree(size, width):
+    assert_agree(conv_silu, plain_conv, conv_arguments(size, width=width), size[2], True)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_wide_convolution_agrees_in_half_precision(dtype):
+    for unit in (True, False):
+        assert_agree(conv_silu, plain_conv, conv_arguments((2, 70, 3, 20), dtype, width=6), 3, unit)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
@@ -120,14 +133,15 @@ def test_strided_inputs_agree():
     assert_agree(lambda *a: out(norm_gate, *a), lambda *a: out(plain_norm_gate, *a), (memory, gain, gate))
 
 
-def test_cuts_change_nothing():
+@pytest.mark.parametrize("width", [4, 6])
+def test_cuts_change_nothing(width):
     """A stream in pieces, each with what came before it as its tail: the same bits."""
-    x, tail, weight = (tensor.detach() for tensor in conv_arguments((2, 12, 2, 16)))
+    x, tail, weight = (tensor.detach() for tensor in conv_arguments((2, 12, 2, 16), width=width))
     whole = conv_silu(x, tail, weight, 2, True)
     pieces = []
     for piece in x.split([1, 2, 0, 9], dim=1):
         pieces.append(conv_silu(piece, tail, weight, 2, True))
-        tail = torch.cat([tail, piece], dim=1)[:, -3:]
+        tail = torch.cat([tail, piece], dim=1)[:, 1 - width :]
     assert torch.equal(torch.cat(pieces, dim=1), whole)
 
 
@@ -171,8 +185,8 @@ def test_wrong_shapes_are_named():
     x, tail, weight = conv_arguments((2, 5, 2, 16))
     with pytest.raises(ValueError, match=r"tail must have shape \[2, 3, 32\], got \[2, 2, 32\]"):
         conv_silu(x, tail[:, 1:], weight, 2, True)
-    with pytest.raises(ValueError, match=r"weight must have shape \[32, 4\], got \[32, 3\]"):
-        conv_silu(x, tail, weight[:, 1:], 2, True)
+    with pytest.raises(ValueError, match=r"weight must have shape \[32, 4\], got \[16, 4\]"):
+        conv_silu(x, tail, weight[1::2], 2, True)
     with pytest.raises(ValueError, match="heads must divide the 32 channels of x, got 3"):
         conv_silu(x, tail, weight, 3, True)
     memory, gain, gate = norm_gate_arguments((2, 5, 2, 16))

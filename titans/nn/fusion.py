@@ -8,17 +8,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from titans.ops.api import Implementation
-from titans.ops.kernels.support import layer_unsupported
+from titans.ops.kernels.support import CHECKED_CONV_SIZES, layer_unsupported
 
 # Checked on an H100, where they were faster than the same layer without them, compiled or not.
 FUSED_BY_DEFAULT = True
 
 
-def runs_fused(impl: Implementation, projected: Tensor, conv_size: int) -> bool:
+def runs_fused(impl: Implementation, projected: Tensor, conv_size: int | None = None) -> bool:
     """Whether the layer's kernels take this stream, `[B, T, C]` as it came out of its projection.
 
+    conv_size: tokens of the convolution; None for the kernel behind the memory.
+
     "triton": they do. "chunked", "reference": they do not. "auto": they do on CUDA devices wherever they can
-    (with `FUSED_BY_DEFAULT` off, nowhere).
+    and were checked on a card (with `FUSED_BY_DEFAULT` off, nowhere).
 
     Raises:
         ValueError: "triton" where they cannot; the message says why.
@@ -29,7 +31,8 @@ def runs_fused(impl: Implementation, projected: Tensor, conv_size: int) -> bool:
         return True
     # On a CPU they would run in Triton's interpreter, if at all.
     wanted = impl == "auto" and FUSED_BY_DEFAULT and projected.device.type == "cuda"
-    return wanted and layer_unsupported(projected.device, projected.dtype, conv_size) is None
+    checked = conv_size is None or conv_size in CHECKED_CONV_SIZES
+    return wanted and checked and layer_unsupported(projected.device, projected.dtype, conv_size) is None
 
 
 def conv_silu(x: Tensor, tail: Tensor, weight: Tensor, heads: int, unit: bool) -> Tensor:

@@ -281,6 +281,6 @@ class NeuralMemory(MemoryCore):
         """x `[B, T, C]`, or packed `[1, total, C]` with `rows`; the output has the shape of x."""
         output, state = self.retrieve(x, state, rows)
         gate = self.gate_proj(x)
-        if runs_fused(self.impl, gate, self.spec.conv_size):
+        if runs_fused(self.impl, gate):
             return self.o_proj(norm_gate(output, self.norm.weight, gate, self.norm.eps)), state
         return self.o_proj(self.norm(output).flatten(2) * F.silu(gate)), state

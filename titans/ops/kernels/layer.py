@@ -19,13 +19,14 @@ _Gradients = tuple[Tensor, Tensor, Tensor]
 def conv_silu(x: Tensor, tail: Tensor, weight: Tensor, heads: int, unit: bool) -> Tensor:
     """Causal depthwise convolution, SiLU and (`unit`) `y / sqrt(|y|^2 + 1e-6)` per head.
 
-    x: `[B, T, C]`; tail: `[B, 3, C]`, what came before; weight: `[C, 4]`. Floating dtypes of at most 32 bits;
-    sums are fp32.
+    x: `[B, T, C]`; tail: `[B, W - 1, C]`, what came before; weight: `[C, W]`. Floating dtypes of at most 32
+    bits; sums are fp32.
 
     Returns `[B, T, heads, C / heads]` in the dtype of x.
     """
     B, _, C = x.shape
-    expected = {"tail": (tail, (B, layer_conv.WIDTH - 1, C)), "weight": (weight, (C, layer_conv.WIDTH))}
+    width = weight.shape[-1]
+    expected = {"tail": (tail, (B, width - 1, C)), "weight": (weight, (C, width))}
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")

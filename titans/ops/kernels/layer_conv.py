@@ -1,14 +1,15 @@
-"""Convolution over four tokens, SiLU and unit length per head, one kernel forward and one backward.
+"""Convolution over W tokens, SiLU and unit length per head, one kernel forward and one backward.
 
 For every head's channels, w the taps and eps inside the root as in `titans.nn.norms.l2_normalize`:
 
-    z_t = w0 x_{t-3} + w1 x_{t-2} + w2 x_{t-1} + w3 x_t        x before the first token: the tail
+    z_t = w0 x_{t-W+1} + ... + w_{W-1} x_t                     x before the first token: the tail
     y_t = silu(z_t)
     out_t = y_t / sqrt(|y_t|^2 + eps)                          UNIT; otherwise y_t
 
 Plain PyTorch passes over the stream about twenty times (a sum of shifted products, then the norm in fp32);
 here the forward reads x and writes out, and the backward reads x and the gradient and writes that of x.
-Sums are fp32 whatever the dtype. Nothing is kept but the inputs.
+Sums are fp32 whatever the dtype. Nothing is kept but the inputs. That is for the paper's four tokens; the
+backward for others: `layer_conv_wide.py`.
 """
 
 from __future__ import annotations
@@ -20,27 +21,18 @@ from torch import Tensor
 
 from titans.ops.kernels.dispatch import run_kernel
 from titans.ops.kernels.launch import Launch
+from titans.ops.kernels.layer_conv_wide import EPS, load_token, run_backward_wide
 
-WIDTH = 4
-EPS = 1e-6
+WIDTH = 4  # of `conv_backward`
 FORWARD = Launch(warps=4, block=2048)  # block: channels x tokens of a program
 BACKWARD = Launch(warps=4, stages=3, block=512)  # block: channels of a program, which walks over TOKENS
 TOKENS = 64
 
 
-@triton.jit
-def load_token(x, tail, t, channel, real, T, C: tl.constexpr):
-    """x at token t of one row (at t < 0 the tail, at t >= T zero) as fp32; t and channel broadcast."""
-    t = t.to(tl.int64)
-    inside = tl.load(x + t * C + channel, mask=real & (t >= 0) & (t < T), other=0.0).to(tl.float32)
-    before = tl.load(tail + (t + 3) * C + channel, mask=real & (t < 0), other=0.0).to(tl.float32)
-    return inside + before
-
-
 @triton.jit(do_not_specialize=["T"])
 def conv_forward(
     x, tail, weight, out, T,
-    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, W: tl.constexpr,
     UNIT: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B x blocks of BT tokens x H), heads first: neighbours read the same lines of memory."""
@@ -54,11 +46,11 @@ def conv_forward(
     channel = head * D + d
     real = (d < D) & (t < T)
     x += row * T * C
-    tail += row * 3 * C
+    tail += row * (W - 1) * C
     z = tl.zeros([BT, BD], tl.float32)
-    for i in tl.static_range(4):
-        tap = tl.load(weight + channel * 4 + i, mask=d < D, other=0.0).to(tl.float32)
-        z += tap * load_token(x, tail, t - 3 + i, channel, real, T, C)
+    for i in tl.static_range(W):
+        tap = tl.load(weight + channel * W + i, mask=d < D, other=0.0).to(tl.float32)
+        z += tap * load_token(x, tail, t - (W - 1) + i, channel, real, T, C, W)
     y = z * tl.sigmoid(z)
     if UNIT:
         y *= tl.rsqrt(tl.sum(y * y, 1, keep_dims=True) + EPS)
@@ -96,9 +88,9 @@ def conv_backward(
     w1 = tl.load(weight + channel * 4 + 1, mask=real, other=0.0).to(tl.float32)
     w2 = tl.load(weight + channel * 4 + 2, mask=real, other=0.0).to(tl.float32)
     w3 = tl.load(weight + channel * 4 + 3, mask=real, other=0.0).to(tl.float32)
-    x0 = load_token(x, tail, start - 3, channel, real, T, C)
-    x1 = load_token(x, tail, start - 2, channel, real, T, C)
-    x2 = load_token(x, tail, start - 1, channel, real, T, C)
+    x0 = load_token(x, tail, start - 3, channel, real, T, C, 4)
+    x1 = load_token(x, tail, start - 2, channel, real, T, C, 4)
+    x2 = load_token(x, tail, start - 1, channel, real, T, C, 4)
     dz0 = tl.zeros([BH, BD], tl.float32)
     dz1 = tl.zeros([BH, BD], tl.float32)
     dz2 = tl.zeros([BH, BD], tl.float32)
@@ -142,7 +134,7 @@ def _blocks(tokens: int, size: int) -> int:
 
 
 def run_forward(x: Tensor, tail: Tensor, weight: Tensor, heads: int, unit: bool) -> Tensor:
-    """x `[B, T, C]`, tail `[B, 3, C]`, weight `[C, 4]` -> `[B, T, H, D]` in the dtype of x."""
+    """x `[B, T, C]`, tail `[B, W - 1, C]`, weight `[C, W]` -> `[B, T, H, D]` in the dtype of x."""
     B, T, C = x.shape
     D = C // heads
     BD = triton.next_power_of_2(D)
@@ -152,7 +144,7 @@ def run_forward(x: Tensor, tail: Tensor, weight: Tensor, heads: int, unit: bool)
         run_kernel(
             conv_forward, (B * _blocks(T, BT) * heads,), FORWARD.options,
             x.contiguous(), tail.contiguous(), weight.contiguous(), out, T,
-            heads, D, BD, BT, unit, EPS,
+            heads, D, BD, BT, weight.shape[1], unit, EPS,
         )  # fmt: skip
     return out
 
@@ -161,6 +153,8 @@ def run_backward(
     grad: Tensor, x: Tensor, tail: Tensor, weight: Tensor, heads: int, unit: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, tail and weight, in their dtypes, from that of `run_forward`'s result."""
+    if weight.shape[1] != WIDTH:
+        return run_backward_wide(grad, x, tail, weight, heads, unit)
     B, T, C = x.shape
     D = C // heads
     BD = triton.next_power_of_2(D)

@@ -29,7 +29,8 @@ EXPANSIONS = (1, 2, 4)
 # gradient's RMS in bf16): 0.026 of log decay's and 0.022 of the gain's.
 OVER_BUDGET = ((128, 1, 64), (128, 2, 16))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CONV_SIZE = 4
+# Tokens of a convolution: what the kernels take, and what of that was checked on a card.
+CONV_SIZES, CHECKED_CONV_SIZES = range(2, 9), (4,)
 # Looked up once: torch.compile cannot trace the search, and a graph break costs a compiled block its speed.
 INSTALLED = _found("triton")
 
@@ -71,12 +72,15 @@ def unsupported(
     return None
 
 
-def layer_unsupported(device: torch.device, dtype: torch.dtype, conv_size: int) -> str | None:
-    """The same of the kernels around the memory in its layer (`layer.py`), for projections of that dtype."""
+def layer_unsupported(device: torch.device, dtype: torch.dtype, conv_size: int | None = None) -> str | None:
+    """The same of the kernels around the memory in its layer (`layer.py`), for projections of that dtype.
+
+    conv_size: None for the kernel behind the memory, which has no convolution.
+    """
     if (reason := _unsupported_tensor("projections", device, dtype)) is not None:
         return reason
-    if conv_size != CONV_SIZE:
-        return f"needs a convolution over {CONV_SIZE} tokens, got {conv_size}"
+    if conv_size is not None and conv_size not in CONV_SIZES:
+        return f"needs a convolution over {CONV_SIZES[0]} to {CONV_SIZES[-1]} tokens, got {conv_size}"
     return None
 
 
