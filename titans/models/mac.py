@@ -11,6 +11,7 @@ one, and attends to the recalled h_j only for j <= its own index.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -122,8 +123,9 @@ class MacMixer(nn.Module):
             return self.forward(x, state, rows)
         attended, memories = [], []
         steps = _steps(x.shape[1], state.segment.offsets, rows, self.segment_size)
-        for step in steps:
-            y, m, state = self._step(step.of(recall), step.of(queries), step.of(entries), state, step.rows)
+        pieces = zip(_cut(recall, steps), _cut(queries, steps), _cut(entries, steps), strict=True)
+        for step, (recalling, asking, entering) in zip(steps, pieces, strict=True):
+            y, m, state = self._step(recalling, asking, entering, state, step.rows)
             attended.append(y)
             memories.append(m)
         y, m = _join(attended, steps), _join(memories, steps)
@@ -179,11 +181,6 @@ class _Step:
     where: slice | list[int]
     rows: Rows | None
 
-    def of(self, x: Tensor) -> Tensor:
-        if isinstance(self.where, slice):
-            return x[:, self.where]
-        return x.index_select(1, torch.tensor(self.where, dtype=torch.long, device=x.device))
-
 
 def _steps(tokens: int, offsets: int | tuple[int, ...] | Tensor, rows: Rows | None, size: int) -> list[_Step]:
     """Cut the new tokens where their segments end; in every step each row takes what its segment holds."""
@@ -210,6 +207,20 @@ def _steps(tokens: int, offsets: int | tuple[int, ...] | Tensor, rows: Rows | No
         left = [count - length for count, length in zip(left, lengths, strict=True)]
         next_token = [start + length for start, length in zip(next_token, lengths, strict=True)]
     return steps
+
+
+def _cut(x: Tensor, steps: list[_Step]) -> Sequence[Tensor]:
+    """x `[B, T, ...]` at the tokens of each step.
+
+    By one split, whose gradient is one concatenation: that of a slice is as long as x, once for every step.
+    """
+    if len(steps) == 1 and isinstance(steps[0].where, slice):
+        return [x]
+    slices = [step.where for step in steps if isinstance(step.where, slice)]
+    if len(slices) == len(steps):
+        return x.split([len(range(x.shape[1])[where]) for where in slices], dim=1)
+    places = [torch.tensor(step.where, dtype=torch.long, device=x.device) for step in steps]
+    return [x.index_select(1, place) for place in places]
 
 
 def _join(parts: list[Tensor], steps: list[_Step]) -> Tensor:
