@@ -85,6 +85,25 @@ def test_one_graph_and_the_same_numbers(call):
     assert_agreement(compiled, eager, 1e-12)
 
 
+def test_one_tensor_for_two_gates():
+    """The compiler refuses an autograd function that gets a tensor twice: gates reach it as views."""
+    inputs = inputs_of("mlp")
+    gate = random_inputs(MLP, tokens=11, chunk_size=4).log_decay
+
+    def function(leaves):
+        tied = replace(inputs, log_decay=leaves["gate"], log_momentum=leaves["gate"])
+        return named_results(tied.run("chunked"))
+
+    torch._dynamo.reset()
+    found = []
+    for run in (torch.compile(function, backend="aot_eager", fullgraph=True), function):
+        leaf = gate.detach().requires_grad_()
+        results = run({"gate": leaf})
+        (gradient,) = torch.autograd.grad(results["output"].sum(), [leaf])
+        found.append(results | {"grad gate": gradient})
+    assert_agreement(*found, 1e-12)
+
+
 def test_two_calls_in_one_graph():
     """A layer that carries its state from one segment to the next inside the compiled function."""
     inputs = inputs_of("mlp")

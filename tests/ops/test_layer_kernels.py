@@ -192,3 +192,5 @@ def test_wrong_shapes_are_named():
     memory, gain, gate = norm_gate_arguments((2, 5, 2, 16))
     with pytest.raises(ValueError, match=r"gate must have shape \[2, 5, 32\], got \[2, 4, 32\]"):
         norm_gate(memory, gain, gate[:, 1:], 1e-6)
+    with pytest.raises(ValueError, match="gain must be on cpu like x, got meta"):
+        norm_gate(memory, gain.to("meta"), gate, 1e-6)

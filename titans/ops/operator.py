@@ -7,6 +7,7 @@ graph; the autograd function around them is traced. Lists are flat because both 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ _ARGUMENTS = (
 
 Arguments = Sequence[Any]
 
+_spec = lru_cache(maxsize=32)(MemorySpec)  # forward and backward ask for the same few: its checks take 3 us
+
 
 def _inputs(arguments: Arguments) -> ChunkedInputs:
     tensors: list[Any]
     *tensors, depth, expansion, activation, residual, norm, chunk_size, channelwise = arguments
-    spec = MemorySpec(int(tensors[0].shape[-1]), depth, expansion, activation, residual, norm)
+    spec = _spec(int(tensors[0].shape[-1]), depth, expansion, activation, residual, norm)
     return ChunkedInputs(*[*tensors, spec, chunk_size, channelwise])
 
 

@@ -25,7 +25,7 @@ class Launch:
     stages: int = 1
     block: int = 64
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
@@ -43,8 +43,7 @@ class TokenGradients:
     theta: Tensor
     log_decay: Tensor
     log_momentum: Tensor
-    gain: Tensor | None = None  # `[H, D]`, where the memory has an LN
-    bias: Tensor | None = None
+    affine: Tensor | None = None  # `[2, H, D]`, of the LN's gain and bias where the call has any
 
 
 def _fp32(tensor: Tensor) -> Tensor:
@@ -64,7 +63,10 @@ class Call:
         self.momentum = x.log_momentum is not None
         gates = [x.theta, x.log_decay[0]] + ([x.log_momentum] if self.momentum else [])
         self.sets = max(gate.shape[-1] for gate in gates)
-        gates = [gate.expand(*gate.shape[:-1], self.sets).contiguous() for gate in gates]
+        gates = [
+            (gate if gate.shape[-1] == self.sets else gate.expand(*gate.shape[:-1], self.sets)).contiguous()
+            for gate in gates
+        ]
         self.theta, self.log_decay = gates[:2]
         self.log_momentum = gates[-1]  # log_decay where there is none: never read
         self._norm = (x.norm_weight, x.norm_bias)
@@ -99,10 +101,9 @@ class Call:
             torch.empty_like, (self.q, self.k, self.v, self.theta, self.log_decay)
         )
         log_momentum = torch.empty_like(self.log_momentum) if self.momentum else self.log_momentum
-        grads = TokenGradients(q, k, v, theta, log_decay, log_momentum)
-        if self.spec.norm:
-            grads.gain, grads.bias = (torch.zeros(self.H, self.D, device=self.q.device) for _ in "gb")
-        return grads
+        given = any(tensor is not None for tensor in self._norm)
+        affine = torch.zeros(2, self.H, self.D, device=self.q.device) if given else None
+        return TokenGradients(q, k, v, theta, log_decay, log_momentum, affine)
 
     @cached_property
     def vectors(self) -> Tensor:
@@ -116,6 +117,10 @@ class Call:
         )  # fmt: skip
         return vectors
 
-    def gate_vectors(self, group: tuple[int, int]) -> Tensor:
-        """Those of a group; a set is contiguous, the sets together are not."""
-        return self.vectors[:, group[0] : group[1]]
+    @cached_property
+    def _sets_of_vectors(self) -> tuple[Tensor, ...]:
+        return self.vectors.unbind()
+
+    def gate_vectors(self, group: tuple[int, int]) -> list[Tensor]:
+        """Those of a group, one tensor for every set."""
+        return [vectors[group[0] : group[1]] for vectors in self._sets_of_vectors]

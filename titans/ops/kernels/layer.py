@@ -26,10 +26,8 @@ def conv_silu(x: Tensor, tail: Tensor, weight: Tensor, heads: int, unit: bool) -
     """
     B, _, C = x.shape
     width = weight.shape[-1]
-    expected = {"tail": (tail, (B, width - 1, C)), "weight": (weight, (C, width))}
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    _expect("tail", tail, (B, width - 1, C), x.device)
+    _expect("weight", weight, (C, width), x.device)
     if C % heads:
         raise ValueError(f"heads must divide the {C} channels of x, got {heads}")
     result: Tensor = _conv_forward(x, tail, weight, heads, unit)
@@ -42,11 +40,17 @@ def norm_gate(x: Tensor, gain: Tensor, gate: Tensor, eps: float) -> Tensor:
     Returns `[B, T, H D]` in the wider dtype of x and gate; arithmetic is fp32.
     """
     B, T, H, D = x.shape
-    for name, tensor, shape in (("gain", gain, (H, D)), ("gate", gate, (B, T, H * D))):
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    _expect("gain", gain, (H, D), x.device)
+    _expect("gate", gate, (B, T, H * D), x.device)
     result: Tensor = _norm_gate_forward(x, gain, gate, eps)
     return result
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != device:  # a launch does not look (dispatch.py)
+        raise ValueError(f"{name} must be on {device} like x, got {tensor.device}")
 
 
 @torch.library.custom_op("titans::conv_silu_forward", mutates_args=())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,18 +27,26 @@ WRITE_BACKWARD = Launch(warps=4, stages=2, block=32)
 FINISH = Launch(warps=4, stages=1, block=64)
 
 
-@dataclass
 class LinearGroup:
-    """Buffers of a group: states at the chunks' starts, gradients of the loss at the tokens, gate vectors."""
+    """The group whose turn it is, in buffers that the largest one fills: states at the chunks' starts and
+    gradients of the loss at the tokens."""
 
-    call: Call
+    PROGRAMS = 256  # that `write` runs at once in the backward: two a core
+
     group: tuple[int, int]
-    vectors: Tensor
-    W_start: Tensor
-    S_start: Tensor
-    G: Tensor
+    vectors: Tensor  # of the gates
 
-    PROGRAMS: ClassVar[int] = 256  # that `write` runs at once in the backward: two a core
+    def __init__(self, call: Call, groups: Groups) -> None:
+        cells, H, D = groups.cells, call.H, call.D
+        self.call, self.groups = call, groups
+        self.W_start = call.scratch(cells + call.plan.rows, H, D, D)
+        self.S_start = call.scratch(cells, H, D, D) if call.momentum else self.W_start
+        self.G = call.scratch(cells, H, call.C, D)
+
+    def take(self, group: tuple[int, int]) -> None:
+        """What follows is about this group."""
+        self.group = group
+        self.vectors = self.call.gate_vectors(group)[0]
 
     @staticmethod
     def programs_per_head(spec: MemorySpec) -> int:
@@ -54,17 +61,23 @@ class LinearGroup:
         """In the buffers of one head of a cell, forward and backward."""
         return 6 * spec.dim**2 + 3 * chunk_size * spec.dim
 
-    @classmethod
-    def allocate(cls, call: Call, group: tuple[int, int]) -> LinearGroup:
-        cells, D = group[1] - group[0], call.D
-        W_start = call.scratch(cells + call.plan.rows, call.H, D, D)
-        S_start = call.scratch(cells, call.H, D, D) if call.momentum else W_start
-        return cls(
-            call, group, call.gate_vectors(group), W_start, S_start, call.scratch(cells, call.H, call.C, D)
-        )
+    @property
+    def _cells(self) -> int:
+        return self.group[1] - self.group[0]
 
     def _row_tables(self) -> tuple[Tensor, Tensor]:
         return self.call.plan.table, self.call.plan.cell_row
+
+    @cached_property
+    def _gradients(self) -> tuple[Tensor, ...]:
+        """Of G, of W and S by the reads, of W and S at the chunks' ends, and parts of those of the gates."""
+        call, cells, H, D = self.call, self.groups.cells, self.call.H, self.call.D
+        grad_W, W_end = call.scratch(cells, H, D, D), call.scratch(cells, H, D, D)
+        grad_S, S_end = grad_W, W_end
+        if call.momentum:
+            grad_S, S_end = torch.empty_like(grad_W), torch.empty_like(grad_W)
+        parts = call.scratch(cells, H, GRAD_ROWS.value, call.C, dtype=torch.float32)
+        return torch.empty_like(self.G), grad_W, grad_S, W_end, S_end, parts
 
     def write(
         self,
@@ -73,20 +86,18 @@ class LinearGroup:
         first: list[Tensor],
         end: list[Tensor],
         kept: list[Tensor],
-        groups: Groups,
     ) -> None:
         """Moves weights and momentum on to the end of the group, in place. kept: [], or gets its segments."""
         states = [*weights, *(momentum or weights), *first, *end]
-        segment = groups.segment if kept else self.group[1] - self.group[0]  # one
-        for number in range(groups.segments(self.group, self.call.plan.stride) if kept else 1):
+        segment = self.groups.segment if kept else self._cells  # one
+        for number in range(self.groups.segments(self._cells, self.call.plan.stride) if kept else 1):
             self._write(states, kept, (segment, number), 1, again=False)
 
-    def write_again(self, first: list[Tensor], kept: list[Tensor], groups: Groups) -> None:
+    def write_again(self, first: list[Tensor], kept: list[Tensor]) -> None:
         """The same from the kept states: what `backward` needs."""
-        segments = groups.segments(self.group, self.call.plan.stride)
-        self._write(
-            first * 4, kept, (groups.segment, 0), segments, again=True
-        )  # all but `first` are left alone
+        segments = self.groups.segments(self._cells, self.call.plan.stride)
+        states = first * 4  # all but `first` are left alone
+        self._write(states, kept, (self.groups.segment, 0), segments, again=True)
 
     def _write(
         self, states: list[Tensor], kept: list[Tensor], segment: tuple[int, int], segments: int, again: bool
@@ -106,7 +117,7 @@ class LinearGroup:
         call, plan = self.call, self.call.plan
         block = min(READ.block, call.D)
         run_kernel(
-            linear_read, (self.group[1] - self.group[0], call.H, call.D // block), READ.options,
+            linear_read, (self._cells, call.H, call.D // block), READ.options,
             call.q, call.k, output, self.vectors, *self._row_tables(), self.W_start, self.S_start, self.G,
             plan.rows, self.group[0], plan.stride, call.H, call.D, block, call.C,
             call.spec.residual, call.momentum, call.exact, call.precision,
@@ -122,13 +133,8 @@ class LinearGroup:
     ) -> None:
         """After `write`: gradients of the tokens go to the call's, those of the state move back in place."""
         call, plan, grads = self.call, self.call.plan, self.call.grads
-        cells, D, C = self.group[1] - self.group[0], call.D, call.C
-        parts = call.scratch(cells, call.H, GRAD_ROWS.value, C, dtype=torch.float32)
-        grad_G = torch.empty_like(self.G)
-        grad_W, W_end = call.scratch(cells, call.H, D, D), call.scratch(cells, call.H, D, D)
-        grad_S, S_end = grad_W, W_end
-        if call.momentum:
-            grad_S, S_end = torch.empty_like(grad_W), torch.empty_like(grad_W)
+        cells, D, C = self._cells, call.D, call.C
+        grad_G, grad_W, grad_S, W_end, S_end, parts = self._gradients
         sizes = (call.H, D)
         block = min(READ_BACKWARD.block, D)
         run_kernel(

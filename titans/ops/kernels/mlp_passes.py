@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from titans.ops.kernels.mlp_backward import (
     mlp_write_backward,
 )
 from titans.ops.kernels.mlp_forward import mlp_read, mlp_write
-from titans.ops.kernels.plan import Groups
+from titans.ops.kernels.plan import Groups, ceil_div
 from titans.ops.spec import MemorySpec
 
 Tensors = list[Tensor]
@@ -34,26 +36,74 @@ WRITE_BACKWARD = Launch(warps=4)
 FINISH = Launch(warps=4)
 
 
-@dataclass
+def _states(call: Call, cells: int, anchors: int = 0) -> Tensors:
+    """W1, S1, W2, S2, with room for so many anchors behind each W; without momentum S is W: never read."""
+    states = []
+    for _ in range(2):
+        W = call.scratch(cells + anchors, call.H, call.D, call.F)
+        states += [W, call.scratch(cells, call.H, call.D, call.F) if call.momentum else W]
+    return states
+
+
+class MLPGradients:
+    """The buffers of a group that `MLPGroup.backward` alone needs, named as in its kernels."""
+
+    def __init__(self, call: Call, cells: int) -> None:
+        H, D, F, C = call.H, call.D, call.F, call.C
+        self.parts = call.scratch(2, cells, H, GRAD_ROWS.value, C, dtype=torch.float32).unbind()
+        self.Z2, self.G2, self.complete_G2 = (call.scratch(cells, H, C, D) for _ in range(3))
+        self.mixed1, self.mixed2, self.scores2 = (call.scratch(cells, H, C, C) for _ in range(3))
+        self.H, self.G1, self.Z1, self.slope = (call.scratch(cells, H, C, F) for _ in range(4))
+        self.K = call.scratch(cells, H, D, C)
+        self.states, self.ends = _states(call, cells), _states(call, cells)
+
+
 class MLPGroup:
-    """Buffers of a group. states: W1, S1, W2, S2 at the chunks' starts (S is W without momentum: never read);
-    written, G1, G2, normed, GN, rows: what the write leaves of the inner gradient; slope, bend: act' and what
-    passes through act'', for the backward alone."""
+    """The group whose turn it is, in buffers that the largest one fills. states: W1, S1, W2, S2 at the
+    chunks' starts; written, G1, G2, normed, GN, rows: what the write leaves of the inner gradient; slope,
+    bend: act' and what passes through act'', for the backward alone."""
 
-    call: Call
+    PROGRAMS = 128  # that `write` runs at once in the backward: one a core
+
     group: tuple[int, int]
-    vectors: Tensor
-    states: Tensors
-    written: Tensor
-    G1: Tensor
-    G2: Tensor
-    slope: Tensor
-    bend: Tensor
-    normed: Tensor
-    GN: Tensor
-    rows: Tensor
+    _vectors: tuple[Tensor, Tensor]  # of the layers' gates: the same where they share them
 
-    PROGRAMS: ClassVar[int] = 128  # that `write` runs at once in the backward: one a core
+    def __init__(self, call: Call, groups: Groups) -> None:
+        cells, H, C, D, F = groups.cells, call.H, call.C, call.D, call.F
+        self.call, self.groups = call, groups
+        self.states = _states(call, cells, call.plan.rows)
+        self.written, self.G1, self.slope, self.bend = (call.scratch(cells, H, C, F) for _ in range(4))
+        self.G2, self.normed, self.GN = (call.scratch(cells, H, C, D) for _ in range(3))
+        self.rows = call.scratch(cells, H, 3, C, dtype=torch.float32)
+        self._columns = F if call.one_after_another else min(WRITE.block, F)
+        self._allocate_shared(F // self._columns)
+
+    def _allocate_shared(self, parts: int) -> None:
+        """What the programs of a head share in the serial kernels, so many of them: one exchange for all
+        launches, and for each a row of counters, which start at zero (one launch fills them all)."""
+        call, stride = self.call, self.call.plan.stride
+        self._arrived: Iterator[Tensor]
+        if parts == 1:  # nobody looks at either
+            self._exchange = call.scratch(1, dtype=torch.float32)
+            self._arrived = repeat(call.scratch(1, dtype=torch.int32))
+            return
+        segments = self.groups.segments(self.groups.cells, stride)
+        heads = segments * call.plan.rows * call.H  # of a launch, at most
+        self._exchange = call.scratch(heads, 2, parts, call.C, call.D, dtype=torch.float32)
+        launches = sum(max(2, self.groups.segments(end - start, stride)) for start, end in self.groups.bounds)
+        width = ceil_div(1 + heads, 4) * 4  # every row at a multiple of 16 bytes, as `run_kernel` wants it
+        counters = torch.zeros(launches, width, dtype=torch.int32, device=call.q.device)
+        self._arrived = iter(counters.unbind())
+
+    def take(self, group: tuple[int, int]) -> None:
+        """What follows is about this group."""
+        self.group = group
+        vectors = self.call.gate_vectors(group)
+        self._vectors = vectors[0], vectors[-1]
+
+    @cached_property
+    def _gradients(self) -> MLPGradients:
+        return MLPGradients(self.call, self.groups.cells)
 
     @staticmethod
     def programs_per_head(spec: MemorySpec) -> int:
@@ -70,36 +120,9 @@ class MLPGroup:
         D, F, C = spec.dim, spec.dim * spec.expansion, chunk_size
         return 12 * D * F + 8 * C * F + 8 * C * D + 3 * C * C
 
-    @classmethod
-    def allocate(cls, call: Call, group: tuple[int, int]) -> MLPGroup:
-        cells, H, C = group[1] - group[0], call.H, call.C
-        weights = [call.scratch(cells + call.plan.rows, H, call.D, call.F) for _ in range(2)]
-        momentum = weights
-        if call.momentum:
-            momentum = [call.scratch(cells, H, call.D, call.F) for _ in range(2)]
-        return cls(
-            call,
-            group,
-            call.gate_vectors(group),
-            [weights[0], momentum[0], weights[1], momentum[1]],
-            written=call.scratch(cells, H, C, call.F),
-            G1=call.scratch(cells, H, C, call.F),
-            G2=call.scratch(cells, H, C, call.D),
-            slope=call.scratch(cells, H, C, call.F),
-            bend=call.scratch(cells, H, C, call.F),
-            normed=call.scratch(cells, H, C, call.D),
-            GN=call.scratch(cells, H, C, call.D),
-            rows=call.scratch(cells, H, 3, C, dtype=torch.float32),
-        )
-
     @property
     def _cells(self) -> int:
         return self.group[1] - self.group[0]
-
-    @property
-    def _vectors(self) -> tuple[Tensor, Tensor]:
-        """Of the first and the second layer: the same where they share their gates."""
-        return self.vectors[0], self.vectors[-1]
 
     @property
     def _tables(self) -> tuple[Tensor, Tensor]:
@@ -116,8 +139,9 @@ class MLPGroup:
     def _options(self, launch: Launch) -> dict[str, int]:
         """Tiles of a head twice as wide need twice the registers, and loads ahead do not fit."""
         wide = max(1, self.call.D // 64)
-        stages = 1 if wide > 1 or self.call.exact else launch.stages
-        return {"num_warps": launch.warps * wide, "num_stages": stages}
+        if wide == 1 and not self.call.exact:
+            return launch.options
+        return {"num_warps": launch.warps * wide, "num_stages": 1}
 
     def _sizes(self, columns: int) -> tuple[Any, ...]:
         call = self.call
@@ -126,48 +150,36 @@ class MLPGroup:
             activation = "gelu_fp32"
         return (call.H, call.D, call.F, min(columns, call.F), call.C, activation)
 
-    def _parts(self, launch: Launch, segments: int = 1) -> tuple[int, int, Tensor, Tensor]:
-        """Of a serial kernel: programs, columns of the hidden width that each holds, what a head's share."""
-        call = self.call
-        columns = call.F if call.one_after_another else min(launch.block, call.F)
-        heads, parts = segments * call.plan.rows * call.H, call.F // columns
-        floats = (heads, 2, parts, call.C, call.D) if parts > 1 else (1,)
-        arrived = torch.zeros(1 + heads, dtype=torch.int32, device=call.q.device)
-        return heads * parts, columns, call.scratch(*floats, dtype=torch.float32), arrived
+    def _programs(self, segments: int = 1) -> tuple[int]:
+        """The grid of a serial kernel."""
+        return (segments * self.call.plan.rows * self.call.H * (self.call.F // self._columns),)
 
-    def write(
-        self, weights: Tensors, momentum: Tensors, first: Tensors, end: Tensors, kept: Tensors, groups: Groups
-    ) -> None:
+    def write(self, weights: Tensors, momentum: Tensors, first: Tensors, end: Tensors, kept: Tensors) -> None:
         """Moves weights and momentum on to the end of the group, in place. kept: [], or gets its segments."""
         (W1, W2), (S1, S2) = weights, momentum or weights
         states = [W1, S1, W2, S2, *first, *end]
-        segment = groups.segment if kept else self._cells  # one
-        for number in range(groups.segments(self.group, self.call.plan.stride) if kept else 1):
-            self._write(states, kept, (segment, number), self._parts(WRITE), again=False)
+        segment = self.groups.segment if kept else self._cells  # one
+        for number in range(self.groups.segments(self._cells, self.call.plan.stride) if kept else 1):
+            self._write(states, kept, (segment, number), 1, again=False)
 
-    def write_again(self, first: Tensors, kept: Tensors, groups: Groups) -> None:
+    def write_again(self, first: Tensors, kept: Tensors) -> None:
         """The same from the kept states, with what `backward` needs."""
-        parts = self._parts(WRITE, groups.segments(self.group, self.call.plan.stride))
+        segments = self.groups.segments(self._cells, self.call.plan.stride)
         states = [first[0]] * 4 + [*first, *first]  # all but `first` are left alone
-        self._write(states, kept, (groups.segment, 0), parts, again=True)
+        self._write(states, kept, (self.groups.segment, 0), segments, again=True)
 
     def _write(
-        self,
-        states: Tensors,
-        kept: Tensors,
-        segment: tuple[int, int],
-        parts: tuple[int, int, Tensor, Tensor],
-        again: bool,
+        self, states: Tensors, kept: Tensors, segment: tuple[int, int], segments: int, again: bool
     ) -> None:
         call = self.call
-        programs, columns, exchange, arrived = parts
         W1, W2, *momentum = kept or self.states[::2]
         S1, S2 = momentum or (W1, W2)
         run_kernel(
-            mlp_write, (programs,), self._options(WRITE),
+            mlp_write, self._programs(segments), self._options(WRITE),
             call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table, *states, W1, S1, W2, S2,
             *self.states, self.written, self.G1, self.G2, self.slope, self.bend, self.normed, self.GN,
-            self.rows, exchange, arrived, *self._serial(), *segment, *self._sizes(columns),
+            self.rows, self._exchange, next(self._arrived),
+            *self._serial(), *segment, *self._sizes(self._columns),
             call.spec.residual, call.spec.norm, call.momentum, bool(kept) and not again, again,
             call.precision,
         )  # fmt: skip
@@ -190,68 +202,56 @@ class MLPGroup:
         grad_end: Tensors,
     ) -> None:
         """After `write`: gradients of the tokens go to the call's, those of the state move back in place."""
-        call, grads = self.call, self.call.grads
-        cells, H, D, C = self._cells, call.H, call.D, call.C
-        shared = call.sets == 1
-        parts = call.scratch(2, cells, H, GRAD_ROWS.value, C, dtype=torch.float32)
-        affine = torch.zeros(2, cells, H, D, device=call.q.device)
-        grad_Z2 = torch.empty_like(self.G2)
-        mixed1, mixed2, grad_scores2 = (call.scratch(cells, H, C, C) for _ in range(3))
-        grad_H, grad_G1, d_Z1, slope = (torch.empty_like(self.G1) for _ in range(4))
-        read = grad_G1  # until its place is taken, as the reads' share of d_Z1
+        call, grads, own = self.call, self.call.grads, self._gradients
+        grid, shared = (self._cells, call.H), call.sets == 1
+        of_affine = self._affine()
+        gain, bias = of_affine.unbind()
+        read = own.G1  # until its place is taken, as the reads' share of Z1
         run_kernel(
-            mlp_read_backward_2, (cells, H), self._options(READ_BACKWARD_2),
+            mlp_read_backward_2, grid, self._options(READ_BACKWARD_2),
             call.q, call.k, grad_output, call.gain, *self._vectors, *self._tables, *self.states,
-            self.written, self.G1, self.G2, read, slope, grad_Z2, mixed1, mixed2, grad_scores2,
-            parts[1], *affine,
+            self.written, self.G1, self.G2, read, own.slope, own.Z2, own.mixed1, own.mixed2, own.scores2,
+            own.parts[1], gain, bias,
             *self._parallel(), *self._sizes(READ_BACKWARD_2.block),
             call.spec.norm, call.momentum, shared, call.exact, call.precision,
         )  # fmt: skip
-        grad_K = call.scratch(cells, H, D, C)
-        grad_G2 = torch.empty_like(self.G2)
-        d_states, d_ends = self._state_gradients(), self._state_gradients()
         run_kernel(
-            mlp_read_backward_1a, (cells, H), self._options(READ_BACKWARD_1),
-            self._vectors[1], *self._tables, *self.states[2:], self.written, read, slope, grad_Z2, mixed2,
-            grad_scores2, d_Z1, grad_H, grad_G2, *d_states[2:], parts[1],
+            mlp_read_backward_1a, grid, self._options(READ_BACKWARD_1),
+            self._vectors[1], *self._tables, *self.states[2:], self.written, read, own.slope, own.Z2,
+            own.mixed2, own.scores2, own.Z1, own.H, own.G2, *own.states[2:], own.parts[1],
             *self._parallel(), *self._sizes(READ_BACKWARD_1.block), call.momentum, call.precision,
         )  # fmt: skip
         run_kernel(
-            mlp_read_backward_1, (cells, H), self._options(READ_BACKWARD_1),
+            mlp_read_backward_1, grid, self._options(READ_BACKWARD_1),
             call.q, call.k, grad_output, grads.q, self._vectors[0], *self._tables, *self.states[:2], self.G1,
-            d_Z1, mixed1, grad_K, grad_G1, *d_states[:2], parts[0],
+            own.Z1, own.mixed1, own.K, own.G1, *own.states[:2], own.parts[0],
             *self._parallel(), *self._sizes(READ_BACKWARD_1.block),
             call.spec.residual, call.momentum, call.exact, call.precision,
         )  # fmt: skip
         (W1, W2), (S1, S2) = grad_weights, grad_momentum or grad_weights
-        programs, columns, exchange, arrived = self._parts(WRITE_BACKWARD)
-        d_G2 = torch.empty_like(grad_G2)
         run_kernel(
-            mlp_write_backward, (programs,), self._options(WRITE_BACKWARD),
+            mlp_write_backward, self._programs(), self._options(WRITE_BACKWARD),
             call.k, call.gain, *self._vectors, call.plan.table, W1, S1, W2, S2,
             *grad_first, *grad_end, self.states[2], self.written, self.slope, self.bend, self.G2, self.normed,
             self.GN, self.rows,
-            grad_H, grad_G1, grad_G2, *d_states, *d_ends, grad_Z2, d_Z1, d_G2,
-            exchange, arrived, *self._serial(), *self._sizes(columns),
+            own.H, own.G1, own.G2, *own.states, *own.ends, own.Z2, own.Z1, own.complete_G2,
+            self._exchange, next(self._arrived), *self._serial(), *self._sizes(self._columns),
             call.spec.norm, call.momentum, call.precision,
         )  # fmt: skip
         run_kernel(
-            mlp_finish, (cells, H), self._options(FINISH),
+            mlp_finish, grid, self._options(FINISH),
             call.k, call.v, call.gain, call.bias, grads.k, grads.v, *self._vectors, *self._tables,
-            *self.states, self.written, self.G1, self.G2, self.normed, self.rows, grad_K, d_Z1, d_G2, *affine,
-            *d_ends, *parts, grads.theta, grads.log_decay, grads.log_momentum,
+            *self.states, self.written, self.G1, self.G2, self.normed, self.rows, own.K, own.Z1,
+            own.complete_G2, gain, bias, *own.ends, *own.parts,
+            grads.theta, grads.log_decay, grads.log_momentum,
             call.plan.rows, *self.group, call.plan.stride, *self._sizes(FINISH.block),
             call.spec.residual, call.spec.norm, call.momentum, shared, call.exact, call.precision,
         )  # fmt: skip
-        if grads.gain is not None and grads.bias is not None:
-            gain, bias = affine.sum(1)
-            grads.gain += gain
-            grads.bias += bias
+        if grads.affine is not None:
+            grads.affine += of_affine.sum(1)
 
-    def _state_gradients(self) -> Tensors:
-        """Like `states`: W1, S1, W2, S2."""
-        shape = (self._cells, self.call.H, self.call.D, self.call.F)
-        W1, W2 = self.call.scratch(*shape), self.call.scratch(*shape)
-        if not self.call.momentum:
-            return [W1, W1, W2, W2]
-        return [W1, self.call.scratch(*shape), W2, self.call.scratch(*shape)]
+    def _affine(self) -> Tensor:
+        """Gradients of gain and bias by the cells: kernels leave out those without tokens, hence zero."""
+        zeros = self.call.grads.affine is not None
+        shape = (2, self._cells, self.call.H, self.call.D)
+        return (torch.zeros if zeros else torch.empty)(shape, device=self.call.q.device)

@@ -5,6 +5,10 @@ write leaves the state at every chunk's start, the reads of the whole group foll
 gates as vectors (32 bytes a token and head) and the states at the starts of segments, which are groups or
 parts of them; the backward walks the groups from the last, writes each again, its segments side by side, then
 takes reads and writes back.
+
+The groups take turns in one set of buffers. Two layers have 34 and up to 11 groups: with buffers of its own
+for every group a forward and backward with F = 256 at B16 took the host 3.0 ms before any launch, now 1.2
+(CPU tensors, launches left out).
 """
 
 from __future__ import annotations
@@ -57,9 +61,10 @@ def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
     output = torch.empty_like(call.v)
     groups = groups_of(x)
     kept = empty_kept(x, groups) if keep else []
+    buffers = kind(call, groups)
     for group in groups.bounds:
-        buffers = kind.allocate(call, group)
-        buffers.write(weights, momentum, first, end, kept, groups)
+        buffers.take(group)
+        buffers.write(weights, momentum, first, end, kept)
         buffers.read(output)
     weights, momentum, anchor = states.leave(weights, momentum, end)
     return ChunkedResult(
@@ -82,9 +87,10 @@ def backward_pass(
     _, _, first, _ = states.enter(x.weights, x.momentum, x.anchor)
     grad_output = grad_output.to(call.v.dtype).contiguous()
     groups = groups_of(x)
+    buffers = kind(call, groups)
     for group in reversed(groups.bounds):
-        buffers = kind.allocate(call, group)
-        buffers.write_again(first, kept, groups)
+        buffers.take(group)
+        buffers.write_again(first, kept)
         buffers.backward(grad_output, d_weights, d_momentum, d_first, d_end)
     d_weights, d_momentum, d_anchor = states.gradients_leave(
         d_weights, d_momentum, d_first, d_end, grad_anchor
@@ -93,6 +99,10 @@ def backward_pass(
 
     def gate(grad: Tensor, like: Tensor) -> Tensor:
         return grad if like.shape[-1] == grad.shape[-1] else grad.sum(-1, keepdim=True)
+
+    def affine(index: int, like: Tensor | None) -> Tensor | None:
+        # A copy: what an operator returns shares no memory.
+        return None if like is None or grads.affine is None else grads.affine[index].clone()
 
     return ChunkedGradients(
         q=grads.q,
@@ -104,6 +114,6 @@ def backward_pass(
         weights=d_weights,
         momentum=d_momentum,
         anchor=d_anchor,
-        norm_weight=None if x.norm_weight is None else grads.gain,
-        norm_bias=None if x.norm_bias is None else grads.bias,
+        norm_weight=affine(0, x.norm_weight),
+        norm_bias=affine(1, x.norm_bias),
     )

@@ -21,6 +21,11 @@ from titans.ops.kernels.dispatch import run_kernel
 ROWS_AT_ONCE = 32
 
 
+def ceil_div(a: int, b: int) -> int:
+    """`triton.cdiv` on the host takes 2 us: it looks for constants of kernels among its arguments."""
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What shapes alone decide. stride: cells from one chunk of a row to the next."""
@@ -42,7 +47,7 @@ class Sizes:
         segment = max(1, steps // pieces)
         size = steps // segment * segment * self.stride
         bounds = [(start, min(start + size, self.cells)) for start in range(0, self.cells, size)]
-        windows = triton.cdiv(self.cells // self.stride, segment)
+        windows = ceil_div(self.cells // self.stride, segment)
         return Groups(bounds, segment, windows * self.stride + self.rows - self.stride)
 
 
@@ -57,8 +62,13 @@ class Groups:
     segment: int
     slots: int
 
-    def segments(self, group: tuple[int, int], stride: int) -> int:
-        return triton.cdiv((group[1] - group[0]) // stride, self.segment)
+    @property
+    def cells(self) -> int:
+        """Of the first group, which no other one exceeds."""
+        return self.bounds[0][1] - self.bounds[0][0]
+
+    def segments(self, cells: int, stride: int) -> int:
+        return ceil_div(cells // stride, self.segment)
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ def make_plan(
 def _dense_table(position: Tensor, tokens: int, chunk_size: int) -> Tensor:
     rows = position.shape[0]
     table = torch.empty(5, rows, dtype=torch.int64, device=position.device)
-    grid, options = (triton.cdiv(rows, ROWS_AT_ONCE),), {"num_warps": 1}
+    grid, options = (ceil_div(rows, ROWS_AT_ONCE),), {"num_warps": 1}
     position = position.contiguous()
     run_kernel(dense_table, grid, options, position, table, rows, tokens, chunk_size, ROWS_AT_ONCE)
     return table

@@ -14,6 +14,7 @@ from torch import Tensor
 from titans.ops.kernels.dispatch import run_kernel
 from titans.ops.kernels.functions import SIZES, row_of
 from titans.ops.kernels.launch import Launch
+from titans.ops.kernels.plan import ceil_div
 
 Tensors = list[Tensor]
 
@@ -156,23 +157,13 @@ class States:
         """Weights, momentum and anchor after the last token, as the op returns them."""
         results: list[Tensors] = [[], [], []]
         for layer, weights in enumerate(W):
-            like = weights if layer == 0 else weights.mT
-            anchor = like.new_empty(like.shape)
-            user = [weights, S[layer] if self.momentum else weights]
-            if layer > 0:
-                user = [torch.empty_like(anchor) for _ in user]
             momentum = S[layer] if self.momentum else weights
+            shape = _transposed(weights.shape, layer)
+            new = [weights.new_empty(shape) for _ in range(1 if layer == 0 else 3)]
+            *user, anchor = new if layer > 0 else (weights, momentum, *new)
             self._run(
-                states_out,
-                layer,
-                like,
-                weights,
-                momentum,
-                end[layer],
-                *user,
-                anchor,
-                self.table,
-                like.shape[0],
+                *(states_out, layer, anchor, weights, momentum, end[layer]),
+                *(*user, anchor, self.table, anchor.shape[0]),
             )
             for result, tensor in zip(results, (*user, anchor), strict=True):
                 result.append(tensor)
@@ -209,14 +200,20 @@ class States:
         return [results[0], results[1] if self.momentum else [], results[2]]
 
     def _new(self, given: Tensor, layer: int, count: int) -> list[Tensor]:
-        shape = given.shape if layer == 0 else given.mT.shape
+        shape = _transposed(given.shape, layer)
         return [given.new_empty(shape, dtype=torch.float32) for _ in range(count)]
 
     def _run(self, kernel: object, layer: int, like: Tensor, *arguments: object) -> None:
-        rows, H, D, F = like.shape if layer == 0 else like.mT.shape
-        grid = (rows * H, triton.cdiv(D * F, BLOCK))
+        rows, H, D, F = _transposed(like.shape, layer)
+        grid = (rows * H, ceil_div(D * F, BLOCK))
         sizes = (H, D, F, self.chunk_size, layer > 0, self.momentum, BLOCK)
         run_kernel(kernel, grid, COPY.options, *arguments, *sizes)
+
+
+def _transposed(shape: torch.Size, layer: int) -> tuple[int, ...]:
+    """From the kernels' layout to the user's, or back: the shapes of the first layer are the same."""
+    rows, heads, rest, last = shape
+    return (rows, heads, rest, last) if layer == 0 else (rows, heads, last, rest)
 
 
 def _inner_contiguous(tensor: Tensor) -> Tensor:
