@@ -390,6 +390,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "babilong_wide_window.json": lambda record: babilong(record, table, "BABILong, windows of 256"),
     "babilong_first.json": lambda record: babilong(record, table, "BABILong, one story a row"),
     "mqar.json": lambda record: mqar(record, table),
+    "mqar_attention.json": lambda record: mqar(record, table, "MQAR, full attention of width 256"),
     "mqar_noise.json": lambda record: mqar(record, table, "MQAR with noise"),
     "ablations.json": lambda record: ablations(record, table),
     "ops_gpu.json": ops_on_a_gpu,
