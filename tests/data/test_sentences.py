@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.tasks.tiny import book, tiny_haystack
+from tests.tasks.tiny import book, tiny_babi, tiny_haystack
 from titans.cli.main import main
 from titans.data.sentences import SentenceTokens, make, usable
 from titans.errors import UserError
@@ -57,3 +57,20 @@ def test_the_command_makes_a_training_and_a_test_haystack(tmp_path, capsys):
     assert 5000 <= characters[0] < 5200
     assert 5000 <= characters[1] < 5200
     assert "sentences" in capsys.readouterr().out
+
+
+def test_the_words_of_stories_become_tokens_and_no_hay(tmp_path):
+    """BABILong's answers are words of bAbI's: a tokenizer that never saw them cuts them up."""
+    babi = tiny_babi(tmp_path / "babi")
+    for file in list(babi.glob("qa1_*.txt")):
+        for number in range(2, 6):
+            (babi / file.name.replace("qa1_", f"qa{number}_")).write_bytes(file.read_bytes())
+    (tmp_path / "train.txt").write_text(book(0))
+    made = []
+    for name, options in (("with", ["--babi", str(babi)]), ("without", [])):
+        out = str(tmp_path / f"{name}.npz")
+        source = str(tmp_path / "train.txt")
+        assert main(["haystack", source, "--out", out, "--vocab-size", "320", *options]) == 0
+        made.append(SentenceTokens.load(out))
+    assert made[0].texts() == made[1].texts()
+    assert [len(each.tokenizer.tokenize(" kitchen")) == 1 for each in made] == [True, False]

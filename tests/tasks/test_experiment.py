@@ -1,6 +1,7 @@
 """Training on tasks through the one loop, and the whole way from a recipe to scores."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import signal
@@ -201,6 +202,24 @@ def test_the_command_line_overrides_a_task():
     assert options is not None
     assert isinstance(options.data, TaskSettings)
     assert (options.data.keys, options.data.haystack) == (3, Path("x.npz"))
+
+
+def test_runs_are_named_by_pattern_and_by_seed():
+    path = Path(__file__).parents[2] / "benchmarks" / "recall.py"
+    spec = importlib.util.spec_from_file_location("recall", path)
+    recall = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = recall  # dataclasses look there
+    try:
+        spec.loader.exec_module(recall)
+    finally:
+        del sys.modules[spec.name]
+    runs = recall.named(("needle_mag@3", "babilong_qa1_mag_f256*", "mine.py:recipe"), (0, 1))
+    qa1, second = "babilong_qa1_mag_f256", "babilong_qa1_mag_f256_second"
+    assert runs == [
+        *((qa1, 0), (second, 0), ("mine.py:recipe", 0)),
+        *((qa1, 1), (second, 1), ("mine.py:recipe", 1)),
+        ("needle_mag", 3),
+    ]
 
 
 def benchmark(folder: Path, *options: object) -> list[dict[str, Any]]:
