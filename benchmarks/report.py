@@ -393,6 +393,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "mqar_attention.json": lambda record: mqar(record, table, "MQAR, full attention of width 256"),
     "mqar_noise.json": lambda record: mqar(record, table, "MQAR with noise"),
     "ablations.json": lambda record: ablations(record, table),
+    "ablations_needles.json": lambda record: ablations(record, table, "Ablations on needles"),
     "ops_gpu.json": ops_on_a_gpu,
     "models_gpu.json": models_on_a_gpu,
     "models_gpu_first.json": lambda record: models_on_a_gpu(record, earlier=True),

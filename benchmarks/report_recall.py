@@ -78,27 +78,28 @@ def mqar(record: Row, table: Table, title: str = "MQAR") -> str:
     return "\n".join([*_head(title, about, record, table), table(header, lines), ""])
 
 
-def ablations(record: Row, table: Table) -> str:
-    """A line for each model and task."""
+def ablations(record: Row, table: Table, title: str = "Ablations") -> str:
+    """A line for each model and task; in MQAR over all numbers of pairs."""
     from titans.recipes import RECIPES
 
+    tasks = NEEDLES | {"mqar": "MQAR"}
     about = (
-        "A memory alone (two blocks of width 128), trained on single needles in rows of at most "
-        f"{longest(record)} tokens, each time with one change. {_PERCENT} Not among them: decay per channel, "
-        "which the op has and the layer's gates have not, and reading before the write, for which there is "
-        "no option.\n"
+        f"A memory alone (two blocks of width 128), trained on rows of at most {longest(record)} tokens, each "
+        f"time with one change: percent of needles answered, or of MQAR's values right. {_SEEDS} Not among "
+        "them: decay per channel, which the op has and the layer's gates have not, and reading before the "
+        "write, for which there is no option.\n"
     )
     found = shares(record["rows"], lambda row: (row["model"], row["task"], row["length"]))
     lengths = sorted({length for _, _, length in found})
     lines = []
     for model in dict.fromkeys(model for model, _, _ in found):
         says = (RECIPES[model].__doc__ or "").rstrip(".") if model in RECIPES else ""
-        for task, short in NEEDLES.items():
+        for task, short in tasks.items():
             cells = [cell(found.get((model, task, length))) for length in lengths]
             if any(cells):
                 lines.append([short_name(model), says, short, *cells])
     header = ["model", "what", "task", *map(short_length, lengths)]
-    return "\n".join([*_head("Ablations", about, record, table), table(header, lines), ""])
+    return "\n".join([*_head(title, about, record, table), table(header, lines), ""])
 
 
 _SEEDS = "With several seeds their mean and, in brackets, the lowest and the highest."

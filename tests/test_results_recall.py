@@ -37,6 +37,7 @@ def rows_of(model: str, seed: int, share: float, of_test: dict[str, Any]) -> lis
     ("section", "plot", "model", "of_test", "line"),
     [
         ("mqar", "plot_mqar", "mqar_mag", TOKENS, "| mag | 16 | 75 (50-100) |"),
+        ("ablations", None, "ablation_depth_1", TOKENS, "| depth_1 | A linear memory | MQAR | 75 (50-100) |"),
         (
             *("ablations", None, "ablation_depth_1", TEXT | {"task": "niah_single_3"}),
             "| depth_1 | A linear memory | W | 75 (50-100) |",

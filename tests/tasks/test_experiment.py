@@ -189,7 +189,7 @@ def test_an_ablation_leaves_out_one_part_and_keeps_the_size():
     for number, recipe in enumerate(map(load_recipe, filter(re.compile("ablation_").match, RECIPES))):
         assert dataclasses.replace(recipe, model=base.model) == base
         assert (recipe == base) == (number == 0)
-        model = TitansForCausalLM(recipe.model.build(4096))
+        model = TitansForCausalLM(recipe.model.build(recipe.data.vocab_size))
         found = sum(parameter.numel() for parameter in model.parameters())
         size = size or found
         assert abs(found / size - 1) < 0.07
