@@ -3,8 +3,7 @@
 Its grid in one run: a batch draws its length and its number of pairs, up to one for 4 tokens, without noise
 as in its figure 2. Windows of 64: what is further back is the memory's. 1,024 ids instead of 8,192, with
 which 1,000 steps taught no model more than which ids are values. Writing costs nothing, as all pairs are
-asked for, and an untrained memory writes with half of the largest step: with a tenth, the memory of needles,
-a small one was where it began after 300 steps.
+asked for, and an untrained memory writes with half of the largest step, not with a tenth as for needles.
 """
 
 from dataclasses import replace

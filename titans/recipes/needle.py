@@ -6,7 +6,7 @@ MLP makes up for what the mixers differ by. What the memory is made of follows a
 makes a needle survive far beyond the training length. What else does, and what does not: docs/recall.md.
 
 Convolutions are of six tokens, not of the paper's four: the memory of the first block knows a token by those
-before it, and in one UUID of eight three characters come again; five do in one of four thousand.
+before it, and in one UUID of eight three characters come again.
 """
 
 from dataclasses import replace

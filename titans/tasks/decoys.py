@@ -1,7 +1,7 @@
 """Sentences of a haystack that have something of a fact, but are none.
 
-One token in some thousand of a book is a digit, and what a memory writes of so few costs next to nothing in
-training; in two million tokens they are hundreds, and wash out what they resemble (docs/recall.md).
+Few tokens of a book are digits, and what a memory writes of so few costs next to nothing in training; in two
+million tokens they are many, and wash out what they resemble (docs/recall.md).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Decoys:
         """Sentences as tokens, each with the space before it.
 
         value: makes the tokens of something that could be an answer; every other decoy is then a sentence
-            drawn from all with this between two of its words.
+            drawn from all with this between two of its tokens.
         """
         left = int(self.share * rng.random() * room)
         while value is not None or len(self._found):
