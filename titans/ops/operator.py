@@ -27,7 +27,7 @@ _ARGUMENTS = (
 
 Arguments = Sequence[Any]
 
-_spec = lru_cache(maxsize=32)(MemorySpec)  # forward and backward ask for the same few: its checks take 3 us
+_spec = lru_cache(maxsize=32)(MemorySpec)  # forward and backward ask for the same few
 
 
 def _inputs(arguments: Arguments) -> ChunkedInputs:

@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 32
 
 
 def ceil_div(a: int, b: int) -> int:
-    """`triton.cdiv` on the host takes 2 us: it looks for constants of kernels among its arguments."""
+    """`triton.cdiv` is slower on the host: it looks for constants of kernels among its arguments."""
     return -(-a // b)
 
 
