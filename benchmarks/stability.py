@@ -119,6 +119,7 @@ def run_row(name: str, steps: int, threads: int, folder: Path, sequence_length: 
             keep=1,
             eval_every=max(steps // 5, 1),
             eval_sequences=16,
+            cuda_graph=True,
             **training,
         ),
         logging=replace(recipe.logging, memory_metrics_every=max(steps // POINTS, 1)),

@@ -170,7 +170,7 @@ def test_cards_share_the_rows(session):
 
 
 def test_a_model_that_compiles_too_long_is_measured_without(session):
-    plan = models_rows.Plan("cpu", "tiny", (32, 64), 128, 64, compiled=True)
+    plan = models_rows.Plan("cpu", "tiny", (32, 64), 128, 64, compiled=True, graph=False)
     run, planned = session(), plan.jobs("mac")
     slow = models_rows._one_block(plan, planned[1])
     run.compiled = [{"settings": slow.settings, "error": "not measured within 150 s"}]
@@ -251,6 +251,7 @@ def test_a_piece_that_does_not_fit_is_halved(monkeypatch):
 
     monkeypatch.setattr(models.TrainingStep, "_backward", limited)
     settings = {"device": "cpu", "dtype": "bfloat16", "size": "tiny", "tokens": 16, "compiled": False}
+    settings["graph"] = False
     config = {"variant": "attention", "num_hidden_layers": 1, "vocab_size": 64}
     step = models.training_step(settings | {"step_tokens": 64, "micro_tokens": 64, "config": config})
     assert (step.facts["micro_tokens"], seen) == (32, [4, 2, 2])
@@ -311,7 +312,7 @@ PLAN = Plan("cuda", 32768, (16, 4, 1), ((16, 64), (8, 128)), "triton")
 
 def test_every_row_has_settings_at_the_shapes_of_the_issue():
     assert all(PLAN.jobs(name) for name in ROWS)
-    assert len(PLAN.jobs("mlp4-c16")) == 3 * 2 * 2
+    assert len(PLAN.jobs("mlp4-c16")) == 3 * 2 * 3  # forward, both, both as a graph
     assert {job.settings["impl"] for job in PLAN.jobs("mlp4-c64-chunked")} == {"chunked"}
 
 

@@ -29,11 +29,11 @@ from titans.tasks.experiment import (
     train_model,
 )
 from titans.tasks.settings import TaskSettings
+from titans.training.answers import right_answers
 from titans.training.callbacks import LOG_NAME, read_log
 from titans.training.data import open_data
 from titans.training.recipe import ModelSettings, Recipe, TrainingSettings
 from titans.training.run import train
-from titans.training.trainer import right_answers
 
 ROOT = Path(__file__).parent.parent.parent
 

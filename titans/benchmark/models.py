@@ -1,7 +1,8 @@
 """The workload of `titans bench models`: training steps of a whole model with random weights.
 
 Settings: device, dtype of autocast, size, `config` (fields that override the size's), tokens of a sequence,
-step_tokens, micro_tokens (at most, per backward), compiled, and for small runs more fields in `config`.
+step_tokens, micro_tokens (at most, per backward), compiled, graph (a step's gradients as one CUDA graph), and
+for small runs more fields in `config`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch._dynamo.utils
 from torch import Tensor
 
 from titans.models import TitansConfig, TitansForCausalLM
+from titans.nn.cuda_graph import record
 
 
 class TrainingStep:
@@ -31,7 +33,10 @@ class TrainingStep:
         self._build()
         vocabulary = self.model.config.vocab_size
         self.ids = torch.randint(vocabulary, (count, length), device=self.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
         self._settle()
+        if settings["graph"]:
+            self._record()
         if self.compiled:  # one graph where nothing in a block broke it
             counted = torch._dynamo.utils.counters
             self.facts["graphs"] = counted["stats"]["unique_graphs"]
@@ -40,10 +45,36 @@ class TrainingStep:
         self.facts["micro_tokens"] = self.sequences * length
 
     def __call__(self) -> None:
-        for ids in self.ids.split(self.sequences):
-            self._backward(ids)
+        if self.graph is not None:
+            self.graph.replay()
+            self.optimizer.step()
+            return
+        self._backwards()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _backwards(self) -> None:
+        for ids in self.ids.split(self.sequences):
+            self._backward(ids)
+
+    def _record(self) -> None:
+        """The gradients of a step as one graph, which begins with zeros; without it where it cannot be."""
+
+        def gradients() -> None:
+            for parameter in self.model.parameters():
+                parameter.grad = (
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+                )
+            self._backwards()
+
+        try:
+            self.graph = record(gradients)
+        except Exception as error:
+            said = " ".join(str(error).split())
+            self.facts["graph_error"] = f"{type(error).__name__}: {said}"[:300]
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        self.facts["graph"] = self.graph is not None
 
     def _backward(self, ids: Tensor) -> None:
         with torch.autocast(self.device.type, dtype=getattr(torch, self.settings["dtype"])):

@@ -41,6 +41,7 @@ class Plan:
     step_tokens: int
     micro_tokens: int
     compiled: bool
+    graph: bool
     repeats: int = 3
 
     def jobs(self, row: str) -> list[Job]:
@@ -57,6 +58,7 @@ class Plan:
                     "step_tokens": self.step_tokens,
                     "micro_tokens": self.micro_tokens,
                     "compiled": self.compiled,
+                    "graph": self.graph,
                 },
                 repeats=self.repeats,
                 warmup=0,  # building the step takes one, to see what fits
@@ -101,7 +103,7 @@ def _one_block(plan: Plan, job: Job) -> Job:
     """
     config = job.settings["config"] | {"num_hidden_layers": 1, "vocab_size": 512}
     tokens = max(job.settings["tokens"], min(plan.micro_tokens, plan.step_tokens))
-    return replace(job, settings=job.settings | {"config": config, "step_tokens": tokens})
+    return replace(job, settings=job.settings | {"config": config, "step_tokens": tokens, "graph": False})
 
 
 def _without_slow_compilers(session: Session, plan: Plan, jobs: Sequence[Job]) -> list[Job]:
@@ -183,6 +185,8 @@ def table(entries: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
         notes = [missed]
         if not entry["facts"].get("compiled", True):
             notes.append(f"{entry['tokens']} not compiled")
+        if not entry["facts"].get("graph", True):
+            notes.append(f"{entry['tokens']} without a graph")
         if entry["facts"].get("graph_breaks"):
             notes.append(f"{entry['tokens']} in {entry['facts']['graphs']} graphs")
         cells[-1] = "; ".join(filter(None, [cells[-1], *notes]))

@@ -1,8 +1,9 @@
 """The workloads of `titans bench ops`: each builds inputs for one row and returns the step to be timed.
 
-Settings of a row: device, dtype, batch, tokens, heads, dim, `passes` ("forward", or "both": with the gradient
-of every input) and what the workload names itself. Dynamics are stable, as in a trained model: log(1 - alpha)
-about -0.002, eta about 0.9, theta between 0.001 and 0.01, outputs of the memory's layers of unit variance.
+Settings of a row: device, dtype, batch, tokens, heads, dim, `passes` ("forward"; "both": with the gradient
+of every input; "graph": the same as one CUDA graph) and what the workload names itself. Dynamics are stable,
+as in a trained model: log(1 - alpha) about -0.002, eta about 0.9, theta between 0.001 and 0.01, outputs of
+the memory's layers of unit variance.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def decode_step(settings: dict[str, Any]) -> Step:
 
     Layers run one after another, as they do in a model, and each owns its state.
     """
+    from titans.nn.cuda_graph import record
     from titans.nn.memory import input_power
     from titans.ops import MemorySpec, MemoryState
     from titans.ops.kernels.step import memory_step, own_memory
@@ -82,14 +84,7 @@ def decode_step(settings: dict[str, Any]) -> Step:
 
     if settings["device"] != "cuda":
         return token
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # compiles, which a capture must not
-        token()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        token()
-    return graph.replay
+    return record(token).replay
 
 
 def gated_deltanet(settings: dict[str, Any]) -> Step:
@@ -179,7 +174,7 @@ def _gate(settings: dict[str, Any], low: float, high: float) -> Tensor:
 
 
 def _step(op: Callable[[], Tensor], inputs: Sequence[Tensor], settings: dict[str, Any]) -> Step:
-    """Forward alone, or forward and backward into every input from one random cotangent."""
+    """Forward alone, or forward and backward into every input from one random cotangent, perhaps recorded."""
     if settings["passes"] == "forward":
 
         @torch.no_grad()
@@ -195,7 +190,15 @@ def _step(op: Callable[[], Tensor], inputs: Sequence[Tensor], settings: dict[str
         raise RuntimeError("the output is not finite")
     cotangent = torch.randn_like(output)
     del output
-    return lambda: torch.autograd.grad(op(), inputs, cotangent)
+
+    def both() -> object:
+        return torch.autograd.grad(op(), inputs, cotangent)
+
+    if settings["passes"] == "graph":
+        from titans.nn.cuda_graph import record
+
+        return record(both).replay
+    return both
 
 
 def _layer_step(layer: torch.nn.Module, settings: dict[str, Any]) -> Step:

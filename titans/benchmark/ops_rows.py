@@ -22,7 +22,7 @@ class Row:
     """A line of the table: a workload and its settings, at every shape but where it names its own.
 
     batches: those of the run that it takes; None: all. first_heads: only the first of the run's heads.
-    shapes: `(B, T)` of its own. passes: "forward", "both".
+    shapes: `(B, T)` of its own. passes: "forward", "both", "graph" (on a GPU; see `ops.py`).
     """
 
     workload: str
@@ -36,13 +36,16 @@ class Row:
     timeout: float = 90.0
 
 
+_ALL_PASSES = ("forward", "both", "graph")
+
+
 def _memory(depth: int, expansion: int, chunk_size: int) -> dict[str, Any]:
     return {"depth": depth, "expansion": expansion, "chunk_size": chunk_size}
 
 
 _MEMORIES = {"linear": (1, 1), "mlp1": (2, 1), "mlp2": (2, 2), "mlp4": (2, 4)}
 OURS = {
-    f"{name}-c{chunk}": Row("our_op", _memory(*shape, chunk))
+    f"{name}-c{chunk}": Row("our_op", _memory(*shape, chunk), passes=_ALL_PASSES)
     for name, shape in _MEMORIES.items()
     for chunk in (64, 16)
 }
@@ -100,7 +103,13 @@ LAYERS = {
         passes=("both",),
     ),
 }
-_OTHERS = {PEER: Row("gated_deltanet"), "attention": Row("attention"), **DECODE, **_CHUNKED, **LAYERS}
+_OTHERS = {
+    PEER: Row("gated_deltanet", passes=_ALL_PASSES),
+    "attention": Row("attention", passes=_ALL_PASSES),
+    **DECODE,
+    **_CHUNKED,
+    **LAYERS,
+}
 # In the order in which they are measured: a run that is cut off holds what the targets need.
 _ORDER = (
     *(PEER, "attention", "linear-c64", "mlp1-c64", "mlp4-c64", "decode-mlp4"),
@@ -147,6 +156,7 @@ class Plan:
             for heads, dim in (self.heads[:1] if row.first_heads else self.heads)
             for batch, tokens in shapes
             for passes in row.passes
+            if passes != "graph" or self.device == "cuda"
         ]
         return [Job(row.workload, each, row.repeats, row.warmup, row.timeout, name) for each in settings]
 
@@ -168,7 +178,7 @@ class Plan:
                 first = (job.settings["batch"], job.settings["passes"]) == (self.batches[0], "both")
                 if name == PEER and not first:
                     continue
-                if ours and job.settings["passes"] == "forward":
+                if ours and job.settings["passes"] != "both":
                     continue
                 for share in shares if name == PEER else [{}]:
                     job_of_share = replace(job, settings=job.settings | share)
@@ -254,8 +264,9 @@ def summarise(
     for name, shape in dict.fromkeys((name, shape) for name, shape, _ in found):
         batch, tokens, heads, dim = shape
         both, peer = (value(which, shape, "both", _milliseconds) for which in (name, PEER))
+        graph, peer_graph = (value(which, shape, "graph", _milliseconds) for which in (name, PEER))
         peak, peer_peak = (value(which, shape, "both", _peak) for which in (name, PEER))
-        errors = [found.get((name, shape, passes)) for passes in ("forward", "both")]
+        errors = [found.get((name, shape, passes)) for passes in _ALL_PASSES]
         entry: dict[str, Any] = {
             "row": name,
             "batch": batch,
@@ -265,6 +276,8 @@ def summarise(
             "forward_ms": value(name, shape, "forward", _milliseconds),
             "both_ms": both,
             "ratio": _over(both, peer),
+            "graph_ms": graph,
+            "graph_ratio": _over(graph, peer_graph),
             "peak_gb": peak,
             "peak_ratio": _over(peak, peer_peak),
             "terabytes_per_second": None,
@@ -296,6 +309,7 @@ def _targets(
     name, batch = entry["row"], entry["batch"]
     if batch in TIME_TARGETS.get(name, {}):
         yield "time", TIME_TARGETS[name][batch], entry["ratio"]
+        yield "time in a graph", TIME_TARGETS[name][batch], entry["graph_ratio"]
     if name in MEMORY_TARGETS:
         yield "memory", MEMORY_TARGETS[name], entry["peak_ratio"]
     if name == "linear-c64" and batch == 16:
@@ -345,6 +359,8 @@ COLUMNS = [
     "fwd ms",
     "fwd + bwd ms",
     "/ GDN",
+    "in a graph",
+    "/ GDN",
     "peak GB",
     "/ GDN",
     "TB/s",
@@ -355,6 +371,8 @@ NUMBERS = {
     "forward_ms": ".2f",
     "both_ms": ".2f",
     "ratio": ".2f",
+    "graph_ms": ".2f",
+    "graph_ratio": ".2f",
     "peak_gb": ".2f",
     "peak_ratio": ".2f",
     "terabytes_per_second": ".2f",

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans.inference.graph import StepGraph, keeps_its_shape, record
+from titans.inference.graph import StepGraph, keeps_its_shape
 from titans.inference.stream import Stream
 from titans.models import TitansCache, TitansConfig, TitansForCausalLM
 from titans.models.state import for_steps, leaves
+from titans.nn.cuda_graph import record
 from titans.nn.rope import RotaryTable
 
 # What the prefill rows of this process have read, by model and tokens: decoding there starts from it.
@@ -127,7 +128,7 @@ class AttentionDecode:
         self.table = table
         self.ids = _tokens(self.model, batch)[:, None]
         on_gpu = self.model.device.type == "cuda"
-        self.step = record(self._step) if on_gpu else self._step
+        self.step = record(self._step).replay if on_gpu else self._step
         self.facts["graph"] = on_gpu
 
     def __call__(self) -> None:

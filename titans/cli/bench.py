@@ -74,6 +74,8 @@ class ModelsArguments(Arguments):
     """Tokens of one backward, at most; fewer where memory does not suffice, never less than a sequence."""
     compiled: bool = True
     """torch.compile every block."""
+    graph: bool = True
+    """On a GPU: replay a step's forward and backward as one CUDA graph, as training.cuda_graph does."""
     gpus: int = 1
     """Cards of this machine, of one kind, that measure side by side, each its share of models and lengths."""
 
@@ -175,6 +177,7 @@ def _models(arguments: ModelsArguments) -> int:
         arguments.step_tokens,
         arguments.micro_tokens,
         arguments.compiled,
+        arguments.graph and arguments.device == "cuda",
     )
     models_rows.measure(session, plan, rows, arguments.compile_jobs)
     title = f"{arguments.size}, training, thousands of tokens/s (over full attention's) by length"

@@ -6,7 +6,6 @@ them all at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from titans.models import TitansCache, TitansForCausalLM
 from titans.models.state import Leaf, leaves, map_leaves
+from titans.nn.cuda_graph import record
 
 
 class StepGraph:
@@ -30,7 +30,7 @@ class StepGraph:
         self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self._states = map_leaves(states, _copied)
         self._logits = torch.empty(0)
-        self._replay = record(self._step)  # moves the buffers on: `load` comes next
+        self._graph = record(self._step)  # moves the buffers on: `load` comes next
 
     def fits(self, states: list[Any]) -> bool:
         return _shapes(self._states) == _shapes(states)
@@ -50,7 +50,7 @@ class StepGraph:
     def step(self, tokens: Tensor) -> Tensor:
         """Read a token in each row, `[B]`; the logits `[B, V]` after them."""
         self._ids.copy_(tokens[:, None])
-        self._replay()
+        self._graph.replay()
         return self._logits.clone()
 
     @torch.inference_mode()
@@ -73,20 +73,6 @@ class StepGraph:
 def keeps_its_shape(before: list[Any], after: list[Any]) -> bool:
     """Whether a step from the one state to the other can be recorded."""
     return _shapes(before) == _shapes(after)
-
-
-def record(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` as a CUDA graph; it is run a few times before, so that kernels are compiled and chosen."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def _tensors(states: list[Any]) -> dict[str, Tensor]:

@@ -60,6 +60,7 @@ def needle_lmm() -> Recipe:
             write_penalty=PRICE_OF_UNSEEN,
             max_skipped_steps=100,
             precision="bf16",
+            cuda_graph=True,
             eval_every=250,
             save_every=1000,
             num_workers=4,

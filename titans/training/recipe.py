@@ -159,6 +159,9 @@ class TrainingSettings:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile the model."""
+    cuda_graph: bool = False
+    """On a GPU: record forward and backward once for every length of rows, and replay them: small models wait
+    for launches. Not with compile, gradient_checkpointing or gradient_accumulation_steps."""
     seed: int = 0
     """Of the initial weights and the data order."""
     eval_every: int = 100
@@ -190,6 +193,13 @@ class TrainingSettings:
             "seed",
         )
         above_zero(self, "learning_rate", "max_grad_norm")
+        unlike = self.compile or self.gradient_checkpointing or self.gradient_accumulation_steps > 1
+        if self.cuda_graph and unlike:
+            raise UserError(
+                "training.cuda_graph: expected no compile, no gradient_checkpointing and "
+                f"gradient_accumulation_steps 1, got {self.compile}, {self.gradient_checkpointing} and "
+                f"{self.gradient_accumulation_steps}"
+            )
         for name in ("beta1", "beta2", "min_learning_rate_ratio"):
             value = getattr(self, name)
             # A beta of 1 would never forget; a ratio of 1 is a constant rate, which is fine.

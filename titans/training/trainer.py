@@ -14,7 +14,10 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from titans.errors import UserError
+from titans.nn.cuda_graph import can_record
 from titans.nn.metrics import MemoryMetrics, WriteShares
+from titans.training.answers import right_answers, select_answers
 from titans.training.checkpoints import (
     RECIPE_NAME,
     SKIPPED,
@@ -25,6 +28,7 @@ from titans.training.checkpoints import (
     remove_leftovers,
     staging_folder,
 )
+from titans.training.graph import GraphedStep
 from titans.training.recipe import TrainingSettings
 
 
@@ -51,26 +55,6 @@ class ShuffledForever(Sampler[int]):
             generator = torch.Generator().manual_seed(self._seed + start // self._length)
             order = torch.randperm(self._length, generator=generator).tolist()
             yield from order[: self._total - start]
-
-
-def right_answers(
-    logits: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens asked for that are the likeliest, answers all of whose tokens are, and the number of answers.
-
-    logits `[B, T, V]`, not shifted; labels `[B, T]`, an answer being a run of labels other than -100.
-    """
-    asked = labels[:, 1:] != -100
-    right = asked & (logits[:, :-1].argmax(-1) == labels[:, 1:])
-    first = asked.clone()
-    first[:, 1:] &= ~asked[:, :-1]
-    # Each answer counts its wrong tokens in a place of its own; the last place is no answer's.
-    answer = torch.where(asked.flatten(), first.flatten().cumsum(0) - 1, asked.numel())
-    wrong = torch.zeros(asked.numel() + 1, device=labels.device).index_add(
-        0, answer, (asked & ~right).flatten().float()
-    )
-    spoiled = (wrong[:-1] > 0).sum()
-    return right.sum(), first.sum() - spoiled, first.sum()
 
 
 def _ramp(progress: float) -> float:
@@ -167,6 +151,7 @@ class TitansTrainer(Trainer):
         self._clock = time.perf_counter()
         self._tokens_at_clock = 0
         self._staging: Path | None = None
+        self._graphs: GraphedStep | None = None
         super().__init__(
             model=model,
             args=training_arguments(settings, out, evaluate=eval_dataset is not None),
@@ -174,6 +159,11 @@ class TitansTrainer(Trainer):
             eval_dataset=eval_dataset,
             **others,
         )
+        self._price = torch.zeros((), device=self.args.device)  # of writing, at this step
+        if settings.cuda_graph and can_record(self.args.device):
+            if self.args.world_size > 1:
+                raise UserError("training.cuda_graph: expected one process, got several")
+            self._graphs = GraphedStep(self._recordable_step, self.model.parameters())
 
     # Data
 
@@ -207,13 +197,36 @@ class TitansTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+        self._price.fill_(self._settings.write_penalty * _ramp(self.state.global_step / self._settings.steps))
         every = self._memory_metrics_every
-        due = every > 0 and (self.state.global_step + 1) % every == 0
-        with MemoryMetrics(model) if due else contextlib.nullcontext() as metrics:
-            self._last_loss = super().training_step(model, inputs, num_items_in_batch)
-        if metrics is not None:
+        if every > 0 and (self.state.global_step + 1) % every == 0:
+            with MemoryMetrics(model) as metrics:
+                self._last_loss = super().training_step(model, inputs, num_items_in_batch)
             self._memory_metrics = {f"memory_{name}": value for name, value in metrics.means().items()}
+        elif self._graphs is not None:
+            self._last_loss = self._replayed_step(model, inputs, num_items_in_batch)
+        else:
+            self._last_loss = super().training_step(model, inputs, num_items_in_batch)
         return self._last_loss
+
+    def _replayed_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """The same by a CUDA graph of all but what depends on how much is asked for."""
+        assert self._graphs is not None
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        if self._answers:
+            inputs = self._with_answers(inputs, multiple=max(inputs["input_ids"].numel() // 4, 1))
+        elif num_items_in_batch is not None:
+            inputs["items"] = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        loss, self._write_share = self._graphs(inputs)
+        assert loss is not None
+        return loss.clone()  # the Trainer keeps it beyond the next step
+
+    def _recordable_step(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        loss = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=inputs.pop("items", None))
+        return loss, self._write_share
 
     def compute_loss(
         self,
@@ -225,25 +238,30 @@ class TitansTrainer(Trainer):
         """In training: the loss on answers alone where there are answers, and what writing costs."""
         if return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        weight = self._settings.write_penalty * _ramp(self.state.global_step / self._settings.steps)
-        with WriteShares(model) if weight else contextlib.nullcontext() as shares:
+        with WriteShares(model) if self._settings.write_penalty else contextlib.nullcontext() as shares:
             if self._answers and self.args.world_size == 1:  # several processes must go through the wrapper
-                loss = self._answer_loss(self.accelerator.unwrap_model(model), inputs)
+                loss = self._answer_loss(self.accelerator.unwrap_model(model), self._with_answers(inputs))
             else:
                 loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if shares is not None:
             self._write_share = shares.mean()
-            loss = loss + weight * self._write_share
+            loss = loss + self._price * self._write_share
         return loss
+
+    @staticmethod
+    def _with_answers(inputs: dict[str, Any], multiple: int = 1) -> dict[str, Any]:
+        """Places and targets of what is asked for in place of the labels, where they are not there yet."""
+        if "places" in inputs:
+            return inputs
+        places, targets = select_answers(inputs["labels"], multiple)
+        return {"input_ids": inputs["input_ids"], "places": places, "targets": targets}
 
     def _answer_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """The model's loss without the logits of all the tokens that nothing is asked at."""
-        labels = inputs["labels"][:, 1:]
-        asked = labels != -100
         with self.accelerator.autocast():
             hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
-            logits = model.lm_head(hidden[:, :-1][asked])
-        return nn.functional.cross_entropy(logits.float(), labels[asked])
+            logits = model.lm_head(hidden.flatten(0, 1).index_select(0, inputs["places"]))
+        return nn.functional.cross_entropy(logits.float(), inputs["targets"])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once per step, after clipping and before the optimiser: the last moment to refuse."""

@@ -35,7 +35,7 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], options: dict[str, int], *arg
         kernel[grid](*arguments, **options)
         return
     tensors, end = _counts.get(id(kernel)) or _count(kernel, arguments)
-    addresses = map(Tensor.data_ptr, arguments[:tensors])
+    addresses = [tensor.data_ptr() for tensor in arguments[:tensors]]
     if reduce(or_, addresses) % 16 or max(arguments[tensors:end], default=0) > _LARGEST_INT32:
         kernel[grid](*arguments, **options)  # compiled in another way: Triton must look itself
         return
@@ -45,7 +45,8 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], options: dict[str, int], *arg
     if compiled is None:
         _compiled[key] = kernel[grid](*arguments, **options)
     else:
-        compiled[(*grid, 1, 1)[:3]](*arguments)
+        # Addresses as they are: of every tensor the launcher would ask the driver what it points to.
+        compiled[(*grid, 1, 1)[:3]](*addresses, *arguments[tensors:])
 
 
 def _count(kernel: Any, arguments: tuple[Any, ...]) -> tuple[int, int]:

@@ -30,7 +30,7 @@ EXPANSIONS = (1, 2, 4)
 OVER_BUDGET = ((128, 1, 64), (128, 2, 16))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Tokens of a convolution: what the kernels take, and what of that was checked on a card.
-CONV_SIZES, CHECKED_CONV_SIZES = range(2, 9), (4,)
+CONV_SIZES, CHECKED_CONV_SIZES = range(2, 9), (4, 6, 8)
 # Looked up once: torch.compile cannot trace the search, and a graph break costs a compiled block its speed.
 INSTALLED = _found("triton")
 
