@@ -49,9 +49,10 @@ class Options:
     most 16K tokens. rows: of them at once (None: all). attention_length: longest test of full attention.
     token_lengths: of MQAR's tests. evaluation_seconds: for each model's tests, after which nothing more is
     begun. jobs_per_gpu: processes. workers: that read data, for each process. tokens_per_batch,
-    train_lengths: other than the recipe's. sample_jobs: processes that make samples. threads: of PyTorch in
-    each process. save: folder for weights. dtype: of those. work: folder for samples and logs. output, out:
-    the JSON file's folder and name. commit: of the code, where git cannot tell."""
+    train_lengths: other than the recipe's. sample_jobs: processes that make samples; 0: somebody else makes
+    them. threads: of PyTorch in each process. save: folder for weights. dtype: of those. work: folder for
+    samples and logs. output, out: the JSON file's folder and name. commit: of the code, where git cannot
+    tell."""
 
     recipes: tuple[str, ...] = ("needle_lmm",)
     seeds: tuple[int, ...] = (0,)
@@ -254,13 +255,13 @@ def main(options: Options) -> None:
             session.save()
 
     # Not forked: PyTorch has threads here.
-    pool = ProcessPoolExecutor(options.sample_jobs, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(max(options.sample_jobs, 1), mp_context=multiprocessing.get_context("spawn"))
     try:
         made = [
             pool.submit(make_samples, options, task, length)
             for length in options.lengths
             for task in tasks
-            if not test_path(options, task, length).exists()
+            if options.sample_jobs and not test_path(options, task, length).exists()
         ]
         while waiting or running:
             while waiting and slots:

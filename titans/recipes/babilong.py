@@ -61,8 +61,8 @@ def babilong_mag_f256_second() -> Recipe:
 
 def _second(recipe: Recipe) -> Recipe:
     assert isinstance(recipe.data, TaskSettings)
-    data = replace(recipe.data, lengths=(*LENGTHS, 16384), decoys=0.6, curriculum_steps=0)
-    training = replace(recipe.training, learning_rate=5e-4, write_penalty=100.0)
+    data = replace(recipe.data, lengths=(*LENGTHS, 16384, 32768), decoys=0.6, curriculum_steps=0)
+    training = replace(recipe.training, learning_rate=5e-4, write_penalty=400.0)
     return replace(recipe, data=data, training=training)
 
 

@@ -72,7 +72,7 @@ def _on_mqar(recipe: Recipe, mlp_width: int) -> Recipe:
         pairs=PAIRS,
         vocab_size=1024,
         noise=False,
-        tokens_per_batch=32768,
+        tokens_per_batch=16384,
     )
     training = replace(recipe.training, learning_rate=2e-3, write_penalty=0.0)
     model = replace(

@@ -58,12 +58,16 @@ class ModelSettings:
     """Gates for every layer of the memory instead of one for all."""
     memory_forget_gate: str | None = None
     """rectified, sigmoid or none."""
+    memory_forget_per_channel: bool | None = None
+    """A forget gate for every output channel of every layer of the memory."""
     memory_step_gate: str | None = None
     """sigmoid, or hard: a token can write nothing at all."""
     memory_step_init: float | None = None
     """Share of the largest step that an untrained gate takes."""
     memory_max_step: float | None = None
     """Bound on the inner step over time."""
+    memory_read_before_write: bool | None = None
+    """A token reads the memory without its own write in it."""
     memory_gates_from: str | None = None
     """What the gates of mag see: token, or attention: what attention made of it, too."""
     memory_from_layer: int | None = None
@@ -161,7 +165,8 @@ class TrainingSettings:
     """torch.compile the model."""
     cuda_graph: bool = False
     """On a GPU: record forward and backward once for every length of rows, and replay them: small models wait
-    for launches. Not with compile, gradient_checkpointing or gradient_accumulation_steps."""
+    for launches. Batches of several documents a row are taken without. Not with compile,
+    gradient_checkpointing or gradient_accumulation_steps."""
     seed: int = 0
     """Of the initial weights and the data order."""
     eval_every: int = 100

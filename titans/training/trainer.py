@@ -203,7 +203,7 @@ class TitansTrainer(Trainer):
             with MemoryMetrics(model) as metrics:
                 self._last_loss = super().training_step(model, inputs, num_items_in_batch)
             self._memory_metrics = {f"memory_{name}": value for name, value in metrics.means().items()}
-        elif self._graphs is not None:
+        elif self._graphs is not None and "cu_seqlens" not in inputs:
             self._last_loss = self._replayed_step(model, inputs, num_items_in_batch)
         else:
             self._last_loss = super().training_step(model, inputs, num_items_in_batch)
@@ -244,8 +244,9 @@ class TitansTrainer(Trainer):
             else:
                 loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if shares is not None:
-            self._write_share = shares.mean()
-            loss = loss + self._price * self._write_share
+            share = shares.mean()
+            loss = loss + self._price * share
+            self._write_share = share.detach()  # not the autograd graph with it
         return loss
 
     @staticmethod
