@@ -12,8 +12,20 @@ from titans.inspection.record import FrozenMemory, first_boundary, record
 from titans.inspection.watch import MemoryWatch, Write, initial_cache, memories_of
 from titans.ops.reference import inner_gradient, reference_rows
 
-VARIANTS = ("lmm", "mac", "mag", "mal")
+VARIANTS = ("lmm", "mac", "mag", "mal", "mac reading first", "mal per channel")
 TOKENS = 45  # not a multiple of the chunk (4); persistent tokens (3) put the first boundary at token 1
+
+
+def at(gate, token):
+    """A gate, or its L tensors where it is one per channel, at the tokens of a slice."""
+    return tuple(layer[:, token] for layer in gate) if isinstance(gate, tuple) else gate[:, token]
+
+
+def alpha_of(decay):
+    """What is forgotten, the mean over channels where each has its own."""
+    if isinstance(decay, tuple):
+        return torch.stack([1 - layer.exp().mean(-1) for layer in decay], dim=-1)
+    return 1 - decay.exp()
 
 
 class Calls(MemoryWatch):
@@ -55,7 +67,7 @@ def by_the_recurrence(model, ids):
                 norms.append(sum(layer.square().sum((-2, -1)) for layer in gradient).sqrt()[0])
                 moved = [w[0] - start for w, start in zip(state.weights, initial.weights, strict=True)]
                 changes.append(sum(layer.square().sum((-2, -1)) for layer in moved).sqrt())
-                k, v, gates = call.k[:, token], call.v[:, token], [gate[:, token] for gate in call.gates]
+                k, v, gates = call.k[:, token], call.v[:, token], [at(gate, token) for gate in call.gates]
                 _, state = reference_rows(k, k, v, *gates, state, spec, *affine, memory.spec.chunk_size)
         surprise.append(torch.stack(norms, -1))
         change.append(torch.stack(changes, -1))
@@ -90,9 +102,9 @@ def test_gates_and_losses_are_the_models_own(variant, build, tokens):
     expected = F.cross_entropy(logits[:-1], ids[1:], reduction="none").float()
     torch.testing.assert_close(torch.from_numpy(found.loss), expected, rtol=1e-5, atol=1e-6)
     for index, calls in enumerate(watch.calls):
-        gates = [torch.cat([call.gates[kind] for call in calls], 1)[0] for kind in range(3)]
-        alpha, eta = -torch.expm1(gates[1]), gates[2].exp()
-        for kept, gate in ((found.theta, gates[0]), (found.alpha, alpha), (found.eta, eta)):
+        gates = [(call.gates[0], alpha_of(call.gates[1]), call.gates[2].exp()) for call in calls]
+        for kept, parts in zip((found.theta, found.alpha, found.eta), zip(*gates, strict=True), strict=True):
+            gate = torch.cat(parts, dim=1)[0]
             torch.testing.assert_close(
                 torch.from_numpy(kept[index]).double(), gate.permute(1, 2, 0), rtol=1e-3, atol=1e-6
             )

@@ -29,12 +29,16 @@ SIZES = {
 
 Build = Callable[..., TitansForCausalLM]
 
-# Beside the variants two kinds of blocks: attention alone, then a memory whose gates see attention.
-MIXED = "mag after attention"
-MIXED_FIELDS = {"variant": "mag", "memory_from_layer": 1, "memory_gates_from": "attention"}
+# Beside the variants: two kinds of blocks, attention alone, then a memory whose gates see attention; and
+# switches on which it depends what the op is given.
+KINDS: dict[str, dict[str, Any]] = {
+    "mag after attention": {"variant": "mag", "memory_from_layer": 1, "memory_gates_from": "attention"},
+    "mac reading first": {"variant": "mac", "memory_read_before_write": True},
+    "mal per channel": {"variant": "mal", "memory_forget_per_channel": True},
+}
 
 
-@pytest.fixture(params=(*VARIANTS, MIXED), scope="session")
+@pytest.fixture(params=(*VARIANTS, *KINDS), scope="session")
 def variant(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -46,7 +50,7 @@ def fresh() -> Build:
     def make(variant: str, seed: int = 0, **fields: Any) -> TitansForCausalLM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            kind = MIXED_FIELDS if variant == MIXED else {"variant": variant}
+            kind = KINDS.get(variant, {"variant": variant})
             return TitansForCausalLM(TitansConfig(**{**SIZES, **kind, **fields})).double()
 
     return make

@@ -8,9 +8,16 @@ from titans.models.modeling import TitansBlock
 from titans.nn.memory import MemoryCore
 
 
+@pytest.mark.parametrize("switches", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_block_is_one_graph(variant):
-    config = TitansConfig.named("tiny", variant=variant, vocab_size=259)
+def test_a_block_is_one_graph(variant, switches):
+    config = TitansConfig.named(
+        "tiny",
+        variant=variant,
+        vocab_size=259,
+        memory_read_before_write=switches,
+        memory_forget_per_channel=switches,
+    )
     block = TitansBlock(config, 0)
     hidden = torch.randn(2, 48, config.hidden_size)
     torch._dynamo.reset()

@@ -56,6 +56,10 @@ def test_overrides_win():
         ({"memory_depth": 9}, "depth must be at most 4, got 9"),
         ({"memory_activation": "relu"}, "activation must be one of .* got 'relu'"),
         ({"memory_forget_gate": "channel"}, "forget must be one of .* got 'channel'"),
+        (
+            {"memory_forget_gate": "none", "memory_forget_per_channel": True},
+            "forget_per_channel must be False with forget='none', got True",
+        ),
         ({"memory_step_gate": "soft"}, "step must be one of .* got 'soft'"),
         ({"memory_momentum_init": 1.0}, "momentum_init must lie between 0 and 1, got 1.0"),
         ({"memory_step_init": 0.0}, "step_init must lie between 0 and 1, got 0.0"),

@@ -27,6 +27,22 @@ def test_metrics_are_those_of_the_last_state(build, tokens):
     assert means["inner_gradient_norm"] > 0
 
 
+@torch.no_grad()
+def test_forgetting_per_channel_counts_every_layer_the_same(build, tokens):
+    """Layers have 16 and 8 channels; the mean of all 24 would be another number."""
+    model, decays = build("lmm", memory_forget_per_channel=True), {}
+    for name, memory in MemoryMetrics(model).memories.items():
+        memory.gates.bias += 0.5
+        memory.gates.register_forward_hook(
+            lambda _, args, gates, name=name: decays.update({name: gates.log_decay})  # the last: of the text
+        )
+    with MemoryMetrics(model) as metrics:
+        model(tokens(2, 13))
+    means = [1 - layer.exp().mean() for decay in decays.values() for layer in decay]
+    assert len(means) == 4
+    assert metrics.means()["alpha"] == pytest.approx(torch.stack(means).mean().item(), rel=1e-9)
+
+
 def test_nothing_watches_after_the_context(build, tokens):
     model = build("mac")
     with MemoryMetrics(model) as metrics:

@@ -53,7 +53,7 @@ def test_no_batch_leak(variant, build, tokens):
     [
         {},
         {"memory_depth": 1},
-        {"memory_momentum": False, "memory_forget_gate": "none"},
+        {"memory_momentum": False, "memory_forget_gate": "none", "memory_forget_per_channel": False},
         {"memory_step_gate": "hard", "memory_forget_gate": "sigmoid", "tie_word_embeddings": False},
     ],
     ids=["default", "linear", "delta-rule", "hard-step"],

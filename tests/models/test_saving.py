@@ -120,9 +120,18 @@ def test_a_checkpoint_without_a_weight_gets_it_initialised(fresh, tmp_path):
 
 
 def test_the_configuration_comes_back(tmp_path):
-    config = TitansConfig.named("tiny", variant="mag", vocab_size=300, window_size=32, memory_depth=3)
+    switches = {"memory_forget_per_channel": True, "memory_read_before_write": True}
+    config = TitansConfig.named(
+        "tiny", variant="mag", vocab_size=300, window_size=32, memory_depth=3, **switches
+    )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is TitansConfig
     assert loaded.to_diff_dict() == config.to_diff_dict()
     assert (loaded.variant, loaded.window_size, loaded.memory_depth) == ("mag", 32, 3)
+    assert loaded.memory_spec == config.memory_spec
+    assert loaded.memory_spec.gates.forget_per_channel
+    assert loaded.memory_spec.read_before_write
+    plain = TitansConfig.named("tiny", variant="mag").memory_spec
+    assert not plain.gates.forget_per_channel
+    assert not plain.read_before_write

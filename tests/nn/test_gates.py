@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from titans.nn import GateSpec, MemoryGates
 
 HIDDEN, HEADS, LAYERS = 8, 2, 3
+WIDTHS = (5, 7, 4)  # of what the layers put out
+PER_CHANNEL = GateSpec(forget_per_channel=True)
 
 
 def randomised(spec, scale=1.0):
-    gates = MemoryGates(HIDDEN, HEADS, LAYERS, spec).double()
+    gates = MemoryGates(HIDDEN, HEADS, LAYERS, spec, widths=WIDTHS).double()
     torch.nn.init.normal_(gates.weight, std=scale)
     torch.nn.init.normal_(gates.bias, std=scale)
     return gates
@@ -64,12 +67,19 @@ def test_the_first_step_is_the_share_asked_for(step):
 
 
 @pytest.mark.parametrize(
-    "spec", [GateSpec(), GateSpec(forget="sigmoid", step="hard"), GateSpec(step="hard", step_init=0.02)]
+    "spec",
+    [
+        GateSpec(),
+        GateSpec(forget="sigmoid", step="hard"),
+        GateSpec(step="hard", step_init=0.02),
+        PER_CHANNEL,
+        GateSpec(forget_per_channel=True, forget="sigmoid", per_layer=False, momentum=False),
+    ],
 )
 def test_every_kind_gets_gradient_at_initialisation(spec):
     """A rectified gate that starts at its zero would stay there."""
-    gates = MemoryGates(HIDDEN, HEADS, LAYERS, spec)
-    sum(gate.sum() for gate in gates(torch.randn(1, 5, HIDDEN))).backward()
+    gates = MemoryGates(HIDDEN, HEADS, LAYERS, spec, widths=WIDTHS)
+    sum(gate.sum() for gate in tree_leaves(gates(torch.randn(1, 5, HIDDEN))) if gate is not None).backward()
     assert gates.weight.grad.abs().sum(1).min() > 0
     assert gates.bias.grad.abs().min() > 0
 
@@ -105,6 +115,27 @@ def test_one_gate_for_all_layers_when_asked():
     assert gates(torch.randn(1, 5, HIDDEN)).theta.shape == (1, 5, HEADS)
 
 
+@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("forget", ["rectified", "sigmoid"])
+@torch.no_grad()
+def test_a_forget_gate_per_channel_leaves_the_others_as_they_are(forget, per_layer):
+    spec = GateSpec(forget=forget, per_layer=per_layer, forget_per_channel=True)
+    gates = randomised(spec, scale=3.0)
+    theta, log_decay, log_momentum = values = gates(torch.randn(4, 50, HIDDEN, dtype=torch.float64))
+    assert theta.shape == log_momentum.shape == (4, 50, HEADS, *([LAYERS] if per_layer else []))
+    assert [decay.shape for decay in log_decay] == [(4, 50, HEADS, width) for width in WIDTHS]
+    for layer, decay in enumerate(log_decay):
+        alpha = 1 - decay.exp()
+        assert 0 <= alpha.min() < alpha.max() <= (0.1 if forget == "rectified" else 1)
+        assert (alpha[..., 0] != alpha[..., 1]).any(), "channels differ"
+        torch.testing.assert_close(values.alpha[..., layer], alpha.mean(-1))
+
+
+def test_gates_per_channel_need_the_widths_of_all_layers():
+    with pytest.raises(ValueError, match=r"one width for each of 3 memory layers .* got \(5, 7\)"):
+        MemoryGates(HIDDEN, HEADS, LAYERS, PER_CHANNEL, widths=(5, 7))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -112,6 +143,10 @@ def test_one_gate_for_all_layers_when_asked():
         ({"step": "soft"}, "step must be one of"),
         ({"momentum_init": 0.0}, "between 0 and 1"),
         ({"max_step": -1.0}, "must be positive"),
+        (
+            {"forget_per_channel": True, "forget": "none"},
+            "forget_per_channel must be False with forget='none'",
+        ),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(fields, message):

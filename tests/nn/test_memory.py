@@ -86,6 +86,49 @@ def test_a_step_of_zero_leaves_a_memory_that_only_decays():
         torch.testing.assert_close(now[0], initial * keep, rtol=1e-12, atol=0)
 
 
+def spread(layer, like):
+    """Give `like`, with gates per channel, the parameters of `layer`: the same gate in all of a layer's."""
+    state, heads = layer.state_dict(), layer.spec.heads
+    for name in ("gates.weight", "gates.bias"):
+        others, forget = state[name].tensor_split([layer.gates.sizes[0] * 2])
+        per_layer = forget.unflatten(0, (heads, -1))
+        shapes = enumerate(layer.spec.memory.layer_shapes)
+        channels = [per_layer[:, i].repeat_interleave(width, dim=0) for i, (_, width) in shapes]
+        state[name] = torch.cat([others, *channels])
+    like.load_state_dict(state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("forget", ["rectified", "sigmoid"])
+def test_equal_channels_forget_as_one_gate_per_layer(forget):
+    layer = build(2, gates=GateSpec(forget=forget))
+    layer.gates.bias += 1.0  # forgets by several percent a token
+    channels = build(2, gates=GateSpec(forget=forget, forget_per_channel=True))
+    x = torch.randn(2, 11, 16, dtype=torch.float64)
+    assert (channels(x)[0] - layer(x)[0]).abs().max() > 1e-3
+    spread(layer, channels)
+    (expected, after), (got, moved) = layer(x), channels(x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+    for one, other in zip(after.memory.weights, moved.memory.weights, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-9)
+    assert layer.gates(x).alpha.max() > 0.03
+
+
+@torch.no_grad()
+def test_every_channel_has_the_gate_that_is_its_own():
+    """One logit moved, of layer 1, head 1, channel 3: only those weights are forgotten."""
+    layer = build(2, gates=GateSpec(step="hard", forget_per_channel=True, momentum=False))
+    layer.gates.weight.zero_()
+    layer.gates.bias[: layer.gates.sizes[0]] = -50.0  # no step
+    layer.gates.bias[layer.gates.sizes[0] :] = -1.0  # remember all
+    layer.gates.bias[layer.gates.sizes[0] + 2 * 16 + 8 + 3] = 50.0  # alpha = 0.1
+    _, state = layer.retrieve(torch.randn(1, 10, 16, dtype=torch.float64))
+    expected = [weight.clone() for weight in layer.initial.weights]
+    expected[1][1, :, 3] *= 0.9**10
+    for now, kept in zip(state.memory.weights, expected, strict=True):
+        torch.testing.assert_close(now[0], kept, rtol=1e-12, atol=0)
+
+
 def test_a_zero_vector_has_a_finite_gradient():
     """Padding, dead SiLUs and a first token without a tail make zeros; 0/0 in the norm would spread NaN."""
     x = torch.zeros(2, 4, requires_grad=True)

@@ -38,7 +38,9 @@ def inner_writes(
         k=k,
         v=v,
         theta=per_layer(gates.theta),
-        log_decay=[per_layer(gates.log_decay)],
+        log_decay=[gate.to(dtype) for gate in gates.log_decay]
+        if isinstance(gates.log_decay, tuple)
+        else [per_layer(gates.log_decay)],
         log_momentum=None if gates.log_momentum is None else per_layer(gates.log_momentum),
         weights=list(state.weights),
         momentum=[] if gates.log_momentum is None else list(state.momentum),
@@ -49,7 +51,7 @@ def inner_writes(
         cu_seqlens=None,
         spec=spec,
         chunk_size=memory.spec.chunk_size,
-        channelwise=False,
+        channelwise=isinstance(gates.log_decay, tuple),
     )
     grid, position = x.grid(), int(state.position[0])
     # One row: cells x heads is heads.

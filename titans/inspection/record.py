@@ -30,6 +30,8 @@ Progress = Callable[[int], None]
 class Record:
     """What M memories of H heads did with T tokens; L is the number of memory layers, or 1 for shared gates.
 
+    Of forget gates per channel, alpha is the mean over a layer's channels.
+
     surprise: `[M, H, T]`, Frobenius norm of each token's inner gradient at its chunk's anchor.
     theta, alpha, eta: `[M, H, L, T]`; eta is None without momentum.
     change: `[M, H, N]`, `||M - M_0||` after `change_at` `[N]` tokens: at every chunk's start and the end.
@@ -105,12 +107,8 @@ class FrozenMemory(MemoryWatch):
     """
 
     def change_gates(self, index: int, gates: Gates) -> Gates:
-        momentum = gates.log_momentum
-        return Gates(
-            torch.zeros_like(gates.theta),
-            torch.zeros_like(gates.log_decay),
-            None if momentum is None else torch.full_like(momentum, -math.inf),
-        )
+        nothing, momentum = torch.zeros_like(gates.theta), gates.log_momentum
+        return Gates(nothing, nothing, None if momentum is None else torch.full_like(momentum, -math.inf))
 
 
 @torch.inference_mode()
@@ -159,7 +157,7 @@ def first_boundary(model: PreTrainedModel) -> int:
 def _plain(gates: Gates) -> tuple[Tensor, Tensor, Tensor | None]:
     """theta, alpha = 1 - decay, eta."""
     momentum = gates.log_momentum
-    return gates.theta, -torch.expm1(gates.log_decay), None if momentum is None else momentum.exp()
+    return gates.theta, gates.alpha, None if momentum is None else momentum.exp()
 
 
 def _from(progress: Progress, start: int, read: int) -> None:

@@ -50,8 +50,10 @@ class TitansConfig(PreTrainedConfig):
     memory_head_dim: width of a memory head; memory heads = hidden_size / memory_head_dim.
     memory_depth, memory_expansion, memory_activation, memory_residual, memory_norm: the memory network,
         see `MemorySpec`. None: on for depth >= 2.
-    memory_momentum, memory_momentum_init, memory_gates_per_layer, memory_forget_gate, memory_step_gate,
-        memory_step_init, memory_max_step: its gates, see `GateSpec`.
+    memory_momentum, memory_momentum_init, memory_gates_per_layer, memory_forget_gate,
+        memory_forget_per_channel, memory_step_gate, memory_step_init, memory_max_step: its gates, see
+        `GateSpec`.
+    memory_read_before_write: a token reads the memory as the one before it left it, see `NeuralMemorySpec`.
     memory_gates_from: what the gates of "mag" see of a token: "token", it alone, as in the paper, or
         "attention", what attention made of it and of the window before it, too, as those of "mac" do.
     memory_from_layer: blocks before this one mix by sliding attention alone ("mac", "mag", "mal"). What a
@@ -91,9 +93,11 @@ class TitansConfig(PreTrainedConfig):
     memory_momentum_init: float = 0.5
     memory_gates_per_layer: bool = True
     memory_forget_gate: str = "rectified"
+    memory_forget_per_channel: bool = False
     memory_step_gate: str = "sigmoid"
     memory_step_init: float = 0.5
     memory_max_step: float | None = None
+    memory_read_before_write: bool = False
     memory_gates_from: str = "token"
     memory_from_layer: int = 0
     conv_size: int = 4
@@ -144,6 +148,7 @@ class TitansConfig(PreTrainedConfig):
                 momentum_init=self.memory_momentum_init,
                 per_layer=self.memory_gates_per_layer,
                 forget=self.memory_forget_gate,  # type: ignore[arg-type]  # checked by GateSpec
+                forget_per_channel=self.memory_forget_per_channel,
                 step=self.memory_step_gate,  # type: ignore[arg-type]
                 step_init=self.memory_step_init,
                 max_step=self.memory_max_step,
@@ -151,6 +156,7 @@ class TitansConfig(PreTrainedConfig):
             chunk_size=self.chunk_size,
             conv_size=self.conv_size,
             norm_eps=self.rms_norm_eps,
+            read_before_write=self.memory_read_before_write,
         )
 
     def _check(self) -> None:

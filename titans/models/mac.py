@@ -6,7 +6,7 @@ one, and attends to the recalled h_j only for j <= its own index.
     h   = M_frozen(q(x))          the memory as it was at the end of the previous segment
     y   = attention([prefix, h, x])
     M_i = write(M_{i-1}; k(y_i), v(y_i))           the chunk rule
-    o_i = W_o[ norm_1(y_i) * sigmoid(norm_2(M_i(q'(y_i)))) ]
+    o_i = W_o[ norm_1(y_i) * sigmoid(norm_2(M_i(q'(y_i)))) ]        M_{i-1} with memory_read_before_write
 """
 
 from __future__ import annotations

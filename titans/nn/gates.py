@@ -40,6 +40,8 @@ class GateSpec:
     per_layer: a gate for every layer of the memory instead of one for all (camera-ready: deep memories
         need it).
     forget: "rectified" (alpha = 0.2 relu(sigmoid(x) - 0.5), can be exactly 0), "sigmoid", "none".
+    forget_per_channel: a forget gate for every output channel of every memory layer, so that a token can
+        clear some of what a layer holds and keep the rest. No kernel covers it: "auto" takes "chunked".
     step: "sigmoid" or "hard" (clipped, can be exactly 0: a token that writes nothing).
     step_init: share of the largest step that an untrained layer takes at every token, between 0 and 1. The
         outer gradient runs through all writes: with few of them, it is tame from the first step on.
@@ -51,6 +53,7 @@ class GateSpec:
     momentum_init: float = 0.5
     per_layer: bool = True
     forget: ForgetGate = "rectified"
+    forget_per_channel: bool = False
     step: StepGate = "sigmoid"
     step_init: float = 0.5
     max_step: float | None = None
@@ -59,6 +62,8 @@ class GateSpec:
         for name, value, known in (("forget", self.forget, ForgetGate), ("step", self.step, StepGate)):
             if value not in get_args(known):
                 raise ValueError(f"GateSpec.{name} must be one of {get_args(known)}, got {value!r}")
+        if self.forget_per_channel and self.forget == "none":
+            raise ValueError("GateSpec.forget_per_channel must be False with forget='none', got True")
         for name in ("momentum_init", "step_init"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"GateSpec.{name} must lie between 0 and 1, got {getattr(self, name)}")
@@ -67,11 +72,21 @@ class GateSpec:
 
 
 class Gates(NamedTuple):
-    """Numbers the op takes: `[B, T, H]`, or `[B, T, H, L]` with gates per memory layer."""
+    """Numbers the op takes: `[B, T, H]`, or `[B, T, H, L]` with gates per memory layer.
+
+    log_decay: the same, or with forget gates per channel L tensors `[B, T, H, D_out]`.
+    """
 
     theta: Tensor
-    log_decay: Tensor
+    log_decay: Tensor | tuple[Tensor, ...]
     log_momentum: Tensor | None
+
+    @property
+    def alpha(self) -> Tensor:
+        """What is forgotten, `1 - decay`; of gates per channel every layer's mean, `[B, T, H, L]`."""
+        if isinstance(self.log_decay, tuple):
+            return torch.stack([-torch.expm1(decay).mean(-1) for decay in self.log_decay], dim=-1)
+        return -torch.expm1(self.log_decay)
 
 
 class MemoryGates(FullPrecision):
@@ -82,6 +97,7 @@ class MemoryGates(FullPrecision):
 
     input_power: the expected `|x|^2` of what each memory layer reads, 1 by default. A step moves a layer's
     output by theta |x|^2, so theta is divided by it: the normalised step of least-mean-squares filters.
+    widths: the output width of each memory layer, for `forget_per_channel`.
     """
 
     def __init__(
@@ -91,17 +107,26 @@ class MemoryGates(FullPrecision):
         memory_layers: int,
         spec: GateSpec,
         input_power: tuple[float, ...] | None = None,
+        widths: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.spec = spec
         max_step = DEFAULT_MAX_STEP[memory_layers] if spec.max_step is None else spec.max_step
         self.max_steps = tuple(max_step / power for power in input_power or (1.0,) * memory_layers)
         self.shape = (heads, memory_layers) if spec.per_layer and memory_layers > 1 else (heads,)
-        kinds = 1 + int(spec.momentum) + int(spec.forget != "none")
-        outputs = kinds * heads * (self.shape[1] if len(self.shape) > 1 else 1)
+        if spec.forget_per_channel and len(widths) != memory_layers:
+            raise ValueError(
+                f"widths must hold one width for each of {memory_layers} memory layers with "
+                f"forget_per_channel, got {widths}"
+            )
+        # What the map puts out: the step, momentum, and forgetting, per channel one after another layer's.
+        gates = math.prod(self.shape)
+        self.sizes = [gates] * (1 + int(spec.momentum))
+        if spec.forget != "none":
+            self.sizes += [heads * width for width in widths] if spec.forget_per_channel else [gates]
         dtype = at_least_fp32(torch.get_default_dtype())
-        self.weight = nn.Parameter(torch.empty(outputs, hidden_size, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(sum(self.sizes), hidden_size, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(sum(self.sizes), dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -113,16 +138,22 @@ class MemoryGates(FullPrecision):
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-            kinds = list(logits.unflatten(-1, (-1, *self.shape)).unbind(2))
-            share = self._step(kinds.pop(0))
+            step, *kinds = logits.split(self.sizes, dim=-1)
+            share = self._step(step.unflatten(-1, self.shape))
             log_momentum = None
             if self.spec.momentum:
                 # logit = logit(eta_0) + map; 1 - eta = sigmoid(-logit) keeps its digits when eta is near 1.
-                logit = kinds.pop(0) + _logit(self.spec.momentum_init)
+                logit = kinds.pop(0).unflatten(-1, self.shape) + _logit(self.spec.momentum_init)
                 log_momentum = F.logsigmoid(logit)
                 share = share * torch.sigmoid(-logit)
             theta = self._scaled(share)
-            log_decay = self._log_decay(kinds.pop(0)) if kinds else torch.zeros_like(share)
+            log_decay: Tensor | tuple[Tensor, ...]
+            if not kinds:
+                log_decay = torch.zeros_like(share)
+            elif self.spec.forget_per_channel:
+                log_decay = tuple(self._log_decay(kind.unflatten(-1, (self.shape[0], -1))) for kind in kinds)
+            else:
+                log_decay = self._log_decay(kinds[0].unflatten(-1, self.shape))
         return Gates(theta, log_decay, log_momentum)
 
     def _scaled(self, share: Tensor) -> Tensor:

@@ -19,14 +19,18 @@ from titans.nn.fusion import conv_silu, norm_gate, runs_fused
 from titans.nn.gates import Gates, GateSpec, MemoryGates
 from titans.nn.norms import RMSNorm, l2_normalize
 from titans.nn.precision import FullPrecision, at_least_fp32
-from titans.nn.rows import Rows
+from titans.nn.rows import Rows, first_tokens, moved_back, moved_on
 from titans.ops import MemorySpec, MemoryState, neural_memory, read_memory
 from titans.ops.api import Implementation
 
 
 @dataclass(frozen=True)
 class NeuralMemorySpec:
-    """Sizes of the layer; memory heads = hidden_size / memory.dim."""
+    """Sizes of the layer; memory heads = hidden_size / memory.dim.
+
+    read_before_write: a token reads the memory as the one before it left it, `y_t = M_{t-1}(q_t)`, instead
+        of with its own write in it: it recalls the past alone.
+    """
 
     hidden_size: int
     memory: MemorySpec
@@ -34,6 +38,7 @@ class NeuralMemorySpec:
     chunk_size: int = 16
     conv_size: int = 4
     norm_eps: float = 1e-6
+    read_before_write: bool = False
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.memory.dim:
@@ -178,7 +183,9 @@ class MemoryCore(nn.Module):
         self.q_conv = ShortConv(size, spec.conv_size)
         self.k_conv = ShortConv(size, spec.conv_size)
         self.v_conv = ShortConv(size, spec.conv_size)
-        self.gates = MemoryGates(size, spec.heads, spec.memory.depth, spec.gates, input_power(spec.memory))
+        widths = tuple(width for _, width in spec.memory.layer_shapes)
+        power = input_power(spec.memory)
+        self.gates = MemoryGates(size, spec.heads, spec.memory.depth, spec.gates, power, widths)
         self.initial = InitialMemory(spec.heads, spec.memory)
         self.observer: Callable[[MemoryWrite], None] | None = None  # set by `MemoryMetrics`
 
@@ -198,7 +205,7 @@ class MemoryCore(nn.Module):
         rows: Rows | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """Write x `[B, T, C]` and read just after every token: `[B, T, H, D]`, and the new state.
+        """Write x `[B, T, C]` and read at every token: `[B, T, H, D]`, and the new state.
 
         With `rows`, x is packed `[1, total, C]` and the state has one row for each of them. context: what the
         gates see in place of x.
@@ -230,9 +237,12 @@ class MemoryCore(nn.Module):
         state: NeuralMemoryState,
         rows: Rows | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """The op: `[B, T, H, D]` read just after each write, and the memory after the last token."""
+        """The op: `[B, T, H, D]` read just after (or before) each write, and the memory after the last."""
+        # The op reads after the write. To read before it, every token asks what the next one of its row
+        # would; the first finds the memory as it came in.
+        early = self.spec.read_before_write
         output, memory = neural_memory(
-            q,
+            moved_back(q, rows) if early else q,
             k,
             v,
             theta=gates.theta,
@@ -246,6 +256,8 @@ class MemoryCore(nn.Module):
             cu_seqlens=None if rows is None else rows.cu_seqlens,
             impl=self.impl,
         )
+        if early:
+            output = moved_on(output, self.read(first_tokens(q, rows), state.memory.weights), rows)
         if self.observer is not None:
             self.observer(MemoryWrite(k, v, gates, memory, rows))
         return output, replace(state, memory=memory)

@@ -74,7 +74,7 @@ class MemoryMetrics:
             "momentum_norm": _norm(state.momentum),
             "inner_gradient_norm": _norm(gradient),
             "theta": write.gates.theta.mean(),
-            "alpha": -torch.expm1(write.gates.log_decay).mean(),
+            "alpha": write.gates.alpha.mean(),
         }
         if write.gates.log_momentum is not None:
             seen["eta"] = write.gates.log_momentum.exp().mean()

@@ -78,6 +78,18 @@ class Rows:
             self._tail_orders[lead] = TailOrder(*map(self._indices, (stream, tokens, ends)))
         return self._tail_orders[lead]
 
+    @cached_property
+    def first_places(self) -> Tensor:
+        """Where each row's first token lies; an empty row is given that of another."""
+        return self._indices([min(start, self.total - 1) for start in self.starts])
+
+    @cached_property
+    def next_places(self) -> Tensor:
+        """For every token of the stream, where the next one of its row lies; for the last, where it does."""
+        ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
+        places = zip(self.starts, ends, strict=True)
+        return self._indices([min(at + 1, end - 1) for start, end in places for at in range(start, end)])
+
     def _indices(self, places: Sequence[int]) -> Tensor:
         return torch.tensor(places, dtype=torch.long, device=self.device)
 
@@ -90,3 +102,31 @@ class Rows:
     def pack(self, padded: Tensor) -> Tensor:
         """`[B, longest, ...]` -> `[1, total, ...]`, dropping the padding."""
         return padded.flatten(0, 1).index_select(0, self._padded_positions)[None]
+
+
+def first_tokens(x: Tensor, rows: Rows | None) -> Tensor:
+    """x `[B, T, ...]`, or packed with `rows`, at the first token of every row: `[B, 1, ...]`.
+
+    What stands there for an empty row is another's.
+    """
+    return x[:, :1] if rows is None else x[0].index_select(0, rows.first_places)[:, None]
+
+
+def moved_back(x: Tensor, rows: Rows | None) -> Tensor:
+    """x with every token in the place of the one before it; a row's last one stays in its own, too."""
+    if rows is None:
+        return torch.cat([x[:, 1:], x[:, -1:]], dim=1)
+    return x.index_select(1, rows.next_places)
+
+
+def moved_on(x: Tensor, first: Tensor, rows: Rows | None) -> Tensor:
+    """x with every token in the place of the one after it, `first` `[B, 1, ...]` in that of the first.
+
+    The last token of every row is lost.
+    """
+    if rows is None:
+        return torch.cat([first, x[:, :-1]], dim=1)
+    order = rows.after_tails(1)
+    # Tokens are counted from behind the first tail, which is there: each place is that of what comes before.
+    places = order.stream.index_select(0, order.tokens)
+    return torch.cat([first.flatten(0, 1), x[0]]).index_select(0, places)[None]
