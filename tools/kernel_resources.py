@@ -89,6 +89,8 @@ def compiled_kernels() -> Iterator[Configuration]:
     }
     for dtype, D, C in (("bf16", 64, 64), ("bf16", 128, 64), ("bf16", 64, 16), ("fp32", 64, 16)):
         for kernel, launch in linear.items():
+            if dtype == "fp32":  # as `LinearGroup` has it
+                launch = replace(launch, stages=min(launch.stages, 2))
             yield _configuration(kernel, launch, dtype, {"D": D, "BV": min(launch.block, D), "C": C})
     two_layers = {
         mlp_write: mlp_passes.WRITE,
