@@ -138,8 +138,8 @@ class MemoryGates(FullPrecision):
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-            step, *kinds = logits.split(self.sizes, dim=-1)
-            share = self._step(step.unflatten(-1, self.shape))
+            kinds = list(logits.split(self.sizes, dim=-1))
+            share = self._step(kinds.pop(0).unflatten(-1, self.shape))
             log_momentum = None
             if self.spec.momentum:
                 # logit = logit(eta_0) + map; 1 - eta = sigmoid(-logit) keeps its digits when eta is near 1.
