@@ -215,13 +215,15 @@ def ops_on_a_gpu(record: dict[str, Any]) -> str:
         f"bf16, {record['options']['tokens']:,} tokens in 16, 4 and 1 sequences, medians; inputs come from "
         "memory, not from the L2. Chunk 64 and 16 (c64, c16); mlp1, mlp2, mlp4: two layers of expansion 1, "
         "2, 4; GDN: Gated DeltaNet of flash-linear-attention in the same run, at the same shape. Peak memory "
-        "is what forward and backward took above the inputs, gradients included. TB/s: the bytes that must "
+        "is what forward and backward took above the inputs, gradients included. In a graph: both replayed "
+        "as one CUDA graph, without the host's time, and that over GDN's in one. TB/s: the bytes that must "
         "be moved at least, over the time. First call: seconds of the first forward and backward, kernels "
         "compiled, other compilers beside it.\n"
     )
     rows = []
     for entry in summary["table"]:
-        numbers = [entry[name] for name in ("forward_ms", "both_ms", "ratio", "peak_gb", "peak_ratio")]
+        names = ("forward_ms", "both_ms", "ratio", "graph_ms", "graph_ratio", "peak_gb", "peak_ratio")
+        numbers = [entry[name] for name in names]
         rate, first = entry.get("terabytes_per_second"), entry.get("first_seconds")
         rows.append(
             [
@@ -237,6 +239,8 @@ def ops_on_a_gpu(record: dict[str, Any]) -> str:
         "shape",
         "forward ms",
         "forward + backward ms",
+        "over GDN",
+        "in a graph ms",
         "over GDN",
         "peak GB",
         "over GDN",
@@ -265,7 +269,7 @@ def verdicts(entry: dict[str, Any], bound: str) -> str:
     return "; ".join(said).replace("|", "/")
 
 
-def models_on_a_gpu(record: dict[str, Any], earlier: bool = False) -> str:
+def models_on_a_gpu(record: dict[str, Any], which: str = "") -> str:
     options = record["options"]
     measured = {
         entry["row"] for entry in record["summary"]["table"] if entry["tokens_per_second"] is not None
@@ -286,12 +290,17 @@ def models_on_a_gpu(record: dict[str, Any], earlier: bool = False) -> str:
             facts, said = entry["facts"], [verdicts(entry, "at least")]
             if not facts.get("compiled", True):
                 said.append(f"not compiled: {facts.get('compiler_error', 'that took too long')}")
+            if not facts.get("graph", True):
+                said.append("without a CUDA graph")
             if facts.get("graph_breaks"):
                 said.append(f"a block compiled in {facts['graphs']} graphs")
             if said := list(filter(None, said)):
                 notes.append(f"* {name} at {length:,}: {'; '.join(said)}")
-    title = "## Whole models on a GPU" + (", an earlier run" if earlier else "")
-    parts = [f"{title}\n", about, table(["model", *(f"{n:,}" for n in lengths)], rows)]
+    parts = [
+        f"## Whole models on a GPU{which}\n",
+        about,
+        table(["model", *(f"{n:,}" for n in lengths)], rows),
+    ]
     return "\n".join([*parts, "", *notes] if notes else parts)
 
 
@@ -390,13 +399,17 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "babilong_wide_window.json": lambda record: babilong(record, table, "BABILong, windows of 256"),
     "babilong_first.json": lambda record: babilong(record, table, "BABILong, one story a row"),
     "mqar.json": lambda record: mqar(record, table),
+    "mqar_large_batch.json": lambda record: mqar(record, table, "MQAR, twice as many tokens a step"),
     "mqar_attention.json": lambda record: mqar(record, table, "MQAR, full attention of width 256"),
     "mqar_noise.json": lambda record: mqar(record, table, "MQAR with noise"),
     "ablations.json": lambda record: ablations(record, table),
     "ablations_needles.json": lambda record: ablations(record, table, "Ablations on needles"),
     "ops_gpu.json": ops_on_a_gpu,
     "models_gpu.json": models_on_a_gpu,
-    "models_gpu_first.json": lambda record: models_on_a_gpu(record, earlier=True),
+    "models_gpu_uncompiled.json": lambda record: models_on_a_gpu(
+        record, ", those with a memory not compiled"
+    ),
+    "models_gpu_before.json": lambda record: models_on_a_gpu(record, ", an earlier run"),
     "kernel_resources.json": kernel_resources,
     "ops_cpu.json": memory_on_a_cpu,
     "stream_gpu.json": streams,
@@ -415,7 +428,7 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Any], None]]] = {
     "models_gpu.json": ("Tokens/s by length", plot_models),
     "stability_gpu.json": ("Norms over the steps, on the kernels", plot_stability),
     "stability_chunked.json": ("Norms over the steps, chunked path", plot_stability),
-    "models_gpu_first.json": ("Tokens/s by length, an earlier run", plot_models),
+    "models_gpu_before.json": ("Tokens/s by length, an earlier run", plot_models),
     "recall.json": ("Needles far beyond the training length", plot_needles),
     "recall_variants.json": ("Needles, all variants after one leg", plot_needles),
     "babilong.json": ("BABILong", plot_babilong),

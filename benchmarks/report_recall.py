@@ -85,9 +85,7 @@ def ablations(record: Row, table: Table, title: str = "Ablations") -> str:
     tasks = NEEDLES | {"mqar": "MQAR"}
     about = (
         f"A memory alone (two blocks of width 128), trained on rows of at most {longest(record)} tokens, "
-        f"each time with one change: percent of needles answered, or of MQAR's values right. {_SEEDS} Not "
-        "among them: decay per channel, which the op has and the layer's gates have not, and reading before "
-        "the write, for which there is no option.\n"
+        f"each time with one change: percent of needles answered, or of MQAR's values right. {_SEEDS}\n"
     )
     found = shares(record["rows"], lambda row: (row["model"], row["task"], row["length"]))
     lengths = sorted({length for _, _, length in found})
