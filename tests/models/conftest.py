@@ -33,7 +33,7 @@ Build = Callable[..., TitansForCausalLM]
 # switches on which it depends what the op is given.
 KINDS: dict[str, dict[str, Any]] = {
     "mag after attention": {"variant": "mag", "memory_from_layer": 1, "memory_gates_from": "attention"},
-    "mac reading first": {"variant": "mac", "memory_read_before_write": True, "memory_input_residual": True},
+    "mac reading first": {"variant": "mac", "memory_read_before_write": True},
     "mal per channel": {"variant": "mal", "memory_forget_per_channel": True},
 }
 

@@ -66,10 +66,6 @@ def test_overrides_win():
         ({"memory_max_step": 0.0}, "max_step must be positive, got 0.0"),
         ({"memory_gates_from": "x"}, "memory_gates_from must be 'token' or 'attention', got 'x'"),
         ({"memory_gates_from": "attention"}, "memory_gates_from must be 'token' for variant 'mac'"),
-        (
-            {"variant": "lmm", "memory_input_residual": True},
-            "memory_input_residual must be False for variant 'lmm', got True",
-        ),
         ({"variant": "lmm", "memory_from_layer": 1}, "memory_from_layer must be 0 for variant 'lmm'"),
         ({"memory_from_layer": 4}, r"memory_from_layer \(4\) must be less than num_hidden_layers \(4\)"),
         ({"memory_from_layer": -1}, "memory_from_layer must be an integer of at least 0, got -1"),

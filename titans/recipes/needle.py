@@ -123,11 +123,8 @@ def needle_mal() -> Recipe:
 
 
 def needle_mac() -> Recipe:
-    """Memory as context, segments of 256: its gates see what attention made of a token, in every block.
-
-    Its memory takes the token, too: from attention's output alone it learned nothing (docs/recall.md).
-    """
-    return _seen(_with_model(needle_lmm(), **_hybrid("mac"), memory_input_residual=True))
+    """Memory as context, segments of 256: its gates see what attention made of a token, in every block."""
+    return _seen(_with_model(needle_lmm(), **_hybrid("mac")))
 
 
 def needle_mac_f256() -> Recipe:

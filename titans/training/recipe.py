@@ -70,8 +70,6 @@ class ModelSettings:
     """A token reads the memory without its own write in it."""
     memory_gates_from: str | None = None
     """What the gates of mag see: token, or attention: what attention made of it, too."""
-    memory_input_residual: bool | None = None
-    """The memory of mac takes its token, too, not only what attention made of it."""
     memory_from_layer: int | None = None
     """Blocks before this one have sliding attention alone (mac, mag, mal)."""
     conv_size: int | None = None
