@@ -41,24 +41,25 @@ SHORT = 16384
 @dataclass(frozen=True)
 class Options:
     """recipes, seeds: every pair is trained; "mqar_*" are all recipes of such names, "needle_mag@3" is that
-    one with seed 3 alone. train, test: haystacks. babi: bAbI's archive, for BABILong. llama_tokenizer:
-    SentencePiece model by which lengths are told. start: weights that --save has written, to go on from (of
-    the same model), or the folder with those of each recipe and seed. seconds: of each training, start
-    included; steps: instead; 0 steps: test the start as it is. tasks, lengths, samples: of the tests, the
-    samples for each task and length, the tasks by default the recipe's own; short_samples: of those of at
-    most 16K tokens. rows: of them at once (None: all). attention_length: longest test of full attention.
-    token_lengths: of MQAR's tests. evaluation_seconds: for each model's tests, after which nothing more is
-    begun. jobs_per_gpu: processes. workers: that read data, for each process. tokens_per_batch,
-    train_lengths: other than the recipe's. sample_jobs: processes that make samples; 0: somebody else makes
-    them. threads: of PyTorch in each process. save: folder for weights. dtype: of those. work: folder for
-    samples and logs. output, out: the JSON file's folder and name. commit: of the code, where git cannot
-    tell."""
+    one with seed 3 alone. train, test: haystacks. babi: bAbI's archive, for BABILong. mined: decoys that
+    benchmarks/mine.py made. llama_tokenizer: SentencePiece model by which lengths are told. start: weights
+    that --save has written, to go on from (of the same model), or the folder with those of each recipe and
+    seed. seconds: of each training, start included; steps: instead; 0 steps: test the start as it is.
+    tasks, lengths, samples: of the tests, the samples for each task and length, the tasks by default the
+    recipe's own; short_samples: of those of at most 16K tokens. rows: of them at once (None: all).
+    attention_length: longest test of full attention. token_lengths: of MQAR's tests. evaluation_seconds:
+    for each model's tests, after which nothing more is begun. jobs_per_gpu: processes. workers: that read
+    data, for each process. tokens_per_batch, train_lengths: other than the recipe's. sample_jobs: processes
+    that make samples; 0: somebody else makes them. threads: of PyTorch in each process. save: folder for
+    weights. dtype: of those. work: folder for samples and logs. output, out: the JSON file's folder and
+    name. commit: of the code, where git cannot tell."""
 
     recipes: tuple[str, ...] = ("needle_lmm",)
     seeds: tuple[int, ...] = (0,)
     train: Path = Path("runs/recall/train.npz")
     test: Path = Path("runs/recall/test.npz")
     babi: Path = Path("runs/recall/babi.tar.xz")
+    mined: Path | None = None
     llama_tokenizer: Path = Path("llama2_tokenizer.model")
     start: Path | None = None
     seconds: float | None = None
@@ -139,6 +140,8 @@ def run(options: Options, name: str, seed: int, rows_path: Path) -> None:
         data = replace(data, haystack=options.train)
     if data.of_babi:
         data = replace(data, babi=options.babi)
+    if options.mined:
+        data = replace(data, mined=options.mined)
     if options.tokens_per_batch:
         data = replace(data, tokens_per_batch=options.tokens_per_batch)
     if options.train_lengths:

@@ -65,6 +65,15 @@ class SentenceTokens:
             counts=self.counts[first:last],
         )
 
+    def pick(self, numbers: npt.NDArray[np.int64]) -> SentenceTokens:
+        """The sentences of these numbers, in this order."""
+        lengths = np.diff(self.starts)[numbers]
+        starts = np.concatenate([[0], lengths.cumsum()])
+        # Token i of what comes stands as far behind its sentence's start as it does here.
+        places = np.arange(starts[-1]) + np.repeat(self.starts[numbers] - starts[:-1], lengths)
+        counts = self.counts[numbers] if len(self.counts) else self.counts
+        return replace(self, ids=self.ids[places], starts=starts, counts=counts)
+
     def at_least(self, tokens: int) -> SentenceTokens:
         """The same sentences again and again until there are so many tokens."""
         copies = -(-tokens // len(self.ids))

@@ -54,6 +54,7 @@ class BabiRows(NeedleRows):
             one says. With one alone, a row of 4,096 tokens would have five answers of a word to learn from.
         questions: of each story at most: the last one after its last fact, others before that.
         decoys: share of the haystack that sentences with rare words of the stories may take, at most.
+        mined: sentences that take turns with those.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class BabiRows(NeedleRows):
         keys: int,
         questions: int,
         decoys: float = 0.0,
+        mined: SentenceTokens | None = None,
     ) -> None:
         super().__init__(sentences, [], keys=keys, questions=questions, dense=0.0, middle=0.0)
         self._facts: dict[str, list[int]] = {}  # some hundred make all stories of a task
@@ -81,7 +83,7 @@ class BabiRows(NeedleRows):
         self.tasks = list(self._stories)
         if decoys:
             words = {token for ids in self._facts.values() for token in ids}
-            self.decoys = Decoys(sentences, rare(sentences, words), decoys)
+            self.decoys = Decoys(sentences, rare(sentences, words), decoys, mined)
         self._shortest = {task: entries[0][0] + SPARE for task, entries in self._stories.items()}
 
     def row(self, rng: random.Random, length: int) -> tuple[Ids, Ids]:

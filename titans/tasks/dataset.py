@@ -170,10 +170,25 @@ def _needle_rows(settings: TaskSettings, *parts: SentenceTokens) -> list[NeedleR
             questions=settings.questions,
             dense=settings.dense,
             middle=settings.middle,
-            decoys=Decoys(sentences, digits(sentences), settings.decoys) if settings.decoys else None,
+            decoys=_decoys(settings, sentences),
         )
         for sentences in parts
     ]
+
+
+def _decoys(settings: TaskSettings, sentences: SentenceTokens) -> Decoys | None:
+    if not settings.decoys:
+        return None
+    return Decoys(sentences, digits(sentences), settings.decoys, _mined(settings, sentences))
+
+
+def _mined(settings: TaskSettings, sentences: SentenceTokens) -> SentenceTokens | None:
+    if settings.mined is None:
+        return None
+    mined = SentenceTokens.load(settings.mined)
+    if mined.tokenizer_json != sentences.tokenizer_json:
+        raise UserError(f"data.mined: {settings.mined} has another tokenizer than data.haystack")
+    return mined
 
 
 def _babi_rows(settings: TaskSettings, train: SentenceTokens, held_out: SentenceTokens) -> list[BabiRows]:
@@ -191,6 +206,7 @@ def _babi_rows(settings: TaskSettings, train: SentenceTokens, held_out: Sentence
             keys=settings.keys,
             questions=settings.questions,
             decoys=settings.decoys,
+            mined=_mined(settings, sentences),
         )
         for sentences, stories in ((train, first), (held_out, last))
     ]

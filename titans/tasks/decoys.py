@@ -22,10 +22,17 @@ class Decoys:
     Args:
         marks: ids of tokens; sentences with one of them are decoys.
         share: of the room for a haystack that decoys may take, at most; drawn evenly from 0 to this.
+        mined: sentences that take turns with those (`titans.tasks.mining`).
     """
 
-    def __init__(self, sentences: SentenceTokens, marks: Collection[int], share: float) -> None:
-        self.sentences, self.share = sentences, share
+    def __init__(
+        self,
+        sentences: SentenceTokens,
+        marks: Collection[int],
+        share: float,
+        mined: SentenceTokens | None = None,
+    ) -> None:
+        self.sentences, self.share, self.mined = sentences, share, mined
         marked = np.isin(sentences.ids, list(marks))
         self._found = np.unique(np.searchsorted(sentences.starts, np.flatnonzero(marked), "right") - 1)
 
@@ -38,22 +45,25 @@ class Decoys:
             drawn from all with this between two of its tokens.
         """
         left = int(self.share * rng.random() * room)
-        while value is not None or len(self._found):
-            if value is not None and (not len(self._found) or rng.random() < 0.5):
-                ids = self._sentence(rng.randrange(len(self.sentences)))
+        own = len(self._found) > 0 or self.mined is not None
+        while value is not None or own:
+            if value is not None and (not own or rng.random() < 0.5):
+                ids = _sentence(self.sentences, rng.randrange(len(self.sentences)))
                 place = rng.randrange(len(ids)) + 1
                 ids[place:place] = value()
+            elif self.mined is not None and (not len(self._found) or rng.random() < 0.5):
+                ids = _sentence(self.mined, rng.randrange(len(self.mined)))
             else:
-                ids = self._sentence(int(self._found[rng.randrange(len(self._found))]))
+                ids = _sentence(self.sentences, int(self._found[rng.randrange(len(self._found))]))
             left -= len(ids)
             if left < 0:
                 return
             yield ids
 
-    def _sentence(self, number: int) -> list[int]:
-        starts = self.sentences.starts
-        ids: list[int] = self.sentences.ids[starts[number] : starts[number + 1]].tolist()
-        return ids
+
+def _sentence(sentences: SentenceTokens, number: int) -> list[int]:
+    ids: list[int] = sentences.ids[sentences.starts[number] : sentences.starts[number + 1]].tolist()
+    return ids
 
 
 def digits(sentences: SentenceTokens) -> list[int]:

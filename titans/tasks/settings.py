@@ -45,6 +45,8 @@ class TaskSettings(DataSource):
     decoys: float = 0.0
     """Share of a row's haystack that sentences may take, at most, which have something of a fact but are
     none: numbers, or words of BABILong's stories."""
+    mined: Path | None = None
+    """Sentences that an earlier leg's model writes (benchmarks/mine.py makes the file): every other decoy."""
     vocab_size: int = 8192
     """Of mqar and selective_copy."""
     pairs: tuple[int, ...] = (32,)
@@ -63,6 +65,8 @@ class TaskSettings(DataSource):
             raise UserError(
                 f"data: expected at least one task and ascending lengths, got {self.tasks} and {self.lengths}"
             )
+        if self.mined is not None and not self.decoys:
+            raise UserError("data.mined: expected data.decoys above 0, got 0")
         for name in ("dense", "middle", "decoys"):
             if (share := getattr(self, name)) > 1:
                 raise UserError(f"data.{name}: expected at most 1, got {share}")
