@@ -156,6 +156,14 @@ class MemoryGates(FullPrecision):
                 log_decay = self._log_decay(kinds[0].unflatten(-1, self.shape))
         return Gates(theta, log_decay, log_momentum)
 
+    def steps_and_bounds(self, theta: Tensor) -> list[tuple[Tensor, float]]:
+        """theta of each memory layer, `[B, T, H]`, and the largest that it can be.
+
+        One pair where a gate serves all layers: it has the same bound everywhere.
+        """
+        layers = theta.unbind(-1) if theta.dim() == 4 else (theta,)
+        return list(zip(layers, self.max_steps, strict=False))
+
     def _scaled(self, share: Tensor) -> Tensor:
         """Shares of the largest step -> theta."""
         if len(set(self.max_steps)) == 1:

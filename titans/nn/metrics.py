@@ -116,10 +116,8 @@ class WriteShares:
     ) -> None:
         if before is not None:
             before(write)
-        theta, bounds = write.gates.theta, memory.gates.max_steps
-        # Gates per memory layer have a bound each; one gate for all has the same bound everywhere.
-        layers = theta.unbind(-1) if theta.dim() == 4 else [theta]
-        self._shares += [layer.mean() / bound for layer, bound in zip(layers, bounds, strict=False)]
+        pairs = memory.gates.steps_and_bounds(write.gates.theta)
+        self._shares += [layer.mean() / bound for layer, bound in pairs]
 
 
 def _norm(layers: tuple[Tensor, ...]) -> Tensor:

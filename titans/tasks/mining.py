@@ -92,6 +92,5 @@ def _observe(memory: MemoryCore, seen: list[Tensor], rows: int, write: MemoryWri
     theta = write.gates.theta
     if theta.shape[0] != rows:  # persistent tokens, in one row for all
         return
-    layers = theta.unbind(-1) if theta.dim() == 4 else [theta]
-    shares = [layer / bound for layer, bound in zip(layers, memory.gates.max_steps, strict=False)]
+    shares = [layer / bound for layer, bound in memory.gates.steps_and_bounds(theta)]
     seen.append(torch.stack(shares).amax(0).amax(-1))

@@ -197,16 +197,16 @@ class TitansTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
-        self._price.fill_(self._settings.write_penalty * _ramp(self.state.global_step / self._settings.steps))
+        if penalty := self._settings.write_penalty:
+            self._price.fill_(penalty * _ramp(self.state.global_step / self._settings.steps))
         every = self._memory_metrics_every
-        if every > 0 and (self.state.global_step + 1) % every == 0:
-            with MemoryMetrics(model) as metrics:
-                self._last_loss = super().training_step(model, inputs, num_items_in_batch)
+        due = every > 0 and (self.state.global_step + 1) % every == 0
+        replayed = self._graphs is not None and not due and "cu_seqlens" not in inputs
+        step = self._replayed_step if replayed else super().training_step
+        with MemoryMetrics(model) if due else contextlib.nullcontext() as metrics:
+            self._last_loss = step(model, inputs, num_items_in_batch)
+        if metrics is not None:
             self._memory_metrics = {f"memory_{name}": value for name, value in metrics.means().items()}
-        elif self._graphs is not None and "cu_seqlens" not in inputs:
-            self._last_loss = self._replayed_step(model, inputs, num_items_in_batch)
-        else:
-            self._last_loss = super().training_step(model, inputs, num_items_in_batch)
         return self._last_loss
 
     def _replayed_step(

@@ -20,9 +20,8 @@ from titans.ops.kernels.linear import (
 from titans.ops.kernels.plan import Groups
 from titans.ops.spec import MemorySpec
 
-# Three stages of loads where all waits for the chain of chunks: on an H200 `write` takes 0.87 ms instead of
-# the 1.11 with two, for one sequence of 32,768 tokens and 16 heads x 64 (`tools.time_kernels --depth 1
-# --serial 4 32 --stages 3`). With one stage Triton 3.6 goes past its memory.
+# Three stages of loads where all waits for the chain of chunks (docs/kernels.md). With one Triton 3.6 goes
+# past its memory, or is wrong.
 WRITE = Launch(warps=4, stages=3, block=32)
 READ = Launch(warps=4, stages=2, block=64)
 READ_BACKWARD = Launch(warps=4, stages=1, block=64)
