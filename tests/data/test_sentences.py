@@ -1,5 +1,6 @@
 """Haystack files: what goes in comes out, and a test's sentences are not the training's."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,18 @@ def test_the_command_makes_a_training_and_a_test_haystack(tmp_path, capsys):
     assert 5000 <= characters[0] < 5200
     assert 5000 <= characters[1] < 5200
     assert "sentences" in capsys.readouterr().out
+
+
+def test_sentences_with_given_words_alone(tmp_path):
+    """Whole words: "house" is in no "houses". What has none of them does not count for --characters."""
+    source, out = tmp_path / "a.txt", str(tmp_path / "a.npz")
+    source.write_text("The houses. A house (old). No sea. " * 3 + book(0))
+    options = ["--vocab-size", "320", "--characters", "2000", "--words", "house", "sea"]
+    assert main(["haystack", str(source), "--out", out, *options]) == 0
+    texts = SentenceTokens.load(out).texts()
+    expected = [text for text in split_sentences([source.read_text()]) if re.search(r"\b(house|sea)\b", text)]
+    assert texts == expected[: len(texts)]
+    assert 2000 <= sum(len(text) + 1 for text in texts) < 2200
 
 
 def test_the_words_of_stories_become_tokens_and_no_hay(tmp_path):

@@ -1,6 +1,7 @@
 """Decoys: sentences with something of a fact, which leave facts, answers and lengths alone."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +77,26 @@ def test_rows_with_decoys_have_their_length_and_their_answers(task, tmp_path):
         assert np.array_equal(labels[asked], others[others >= 0])
         different += not np.array_equal(labels, others)
     assert different > 5
+
+
+@pytest.mark.parametrize("decoys", [0.0, 0.9])
+def test_babilong_rows_hold_parts_of_facts_that_are_none(decoys, tmp_path):
+    """Somebody's going without a place, a place to which nobody goes: with decoys, and only with them."""
+    haystack = tiny_haystack()
+    haystack.save(tmp_path / "h.npz")
+    settings = TaskSettings(
+        **{"tasks": ("babilong_qa1",), "lengths": (512, 1024), "decoys": decoys},
+        **{"haystack": tmp_path / "h.npz", "babi": tiny_babi(tmp_path / "babi")},
+    )
+    rows = open_tasks(settings, TrainingSettings(steps=1, batch_size=1)).train.maker.rows
+    text = " ".join(
+        haystack.tokenizer.decode(rows.row(random.Random(seed), 700)[0].tolist()) for seed in range(20)
+    )
+    names, places = "(?:John|Mary|Sandra)", "(?:bathroom|garden|hallway|kitchen)"
+    told = re.sub(rf"{names} went to the {places}\.|Where is {names}\? {places}\.?", "", text)
+    assert bool(re.search(rf"{names} went(?: to)?(?: the)?", told)) == bool(decoys)
+    assert bool(re.search(r"(?:went )?to the (?:bathroom|kitchen)\.", told)) == bool(decoys)
+    assert "Where" in text
 
 
 def test_a_share_above_one_is_refused():

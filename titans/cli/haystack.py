@@ -1,5 +1,6 @@
 """``titans haystack``: books -> one small file of tokenized sentences for the needle tasks."""
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -41,6 +42,8 @@ class Arguments:
     """Take so many of each source, at most; what is left out does not count."""
     without: Path | None = None
     """Another haystack whose sentences to leave out: the training's, for a test."""
+    words: tuple[str, ...] = ()
+    """Take sentences with one of these words alone: of much text, those that look like facts (decoys)."""
     llama_tokenizer: Path | None = None
     """SentencePiece model by which tests tell their lengths (Llama-2's in the paper); needed for tests."""
 
@@ -57,7 +60,7 @@ def run(arguments: Arguments) -> int:
 
     without = set() if arguments.without is None else set(SentenceTokens.load(arguments.without).texts())
     made = make(
-        _sentences(corpora, arguments.characters, without),
+        _sentences(corpora, arguments.characters, without, arguments.words),
         _tokenizer(arguments, corpora),
         count=None if arguments.llama_tokenizer is None else _count(arguments.llama_tokenizer),
     )
@@ -67,12 +70,18 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-def _sentences(corpora: list[Corpus], characters: int, without: Collection[str] = ()) -> Iterator[str]:
+def _sentences(
+    corpora: list[Corpus], characters: int, without: Collection[str] = (), words: Collection[str] = ()
+) -> Iterator[str]:
     from titans.data.sentences import usable
 
+    # Without words every sentence is found.
+    wanted = re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b" if words else "")
     for corpus in corpora:
         taken = 0
         for sentence in usable(_all_sentences(corpus), without):
+            if not wanted.search(sentence):
+                continue
             yield sentence
             taken += len(sentence) + 1
             if taken >= characters:

@@ -53,8 +53,9 @@ class BabiRows(NeedleRows):
         keys: stories of a row at most, one told after the other: who was seen in several is where the last
             one says. With one alone, a row of 4,096 tokens would have five answers of a word to learn from.
         questions: of each story at most: the last one after its last fact, others before that.
-        decoys: share of the haystack that sentences with rare words of the stories may take, at most.
-        mined: sentences that take turns with those.
+        decoys: share of the haystack that sentences may take, at most, with rare words of the stories or with
+            a part of a fact dropped into them.
+        mined: sentences that take turns with the former.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class BabiRows(NeedleRows):
         chain, place = told[-1]
         pieces = self._scatter(rng, [chain[place].facts for chain, place in told], asked)
         final = [self._ask(chain[place])]
-        pieces, room = self._with_decoys(rng, pieces, room)
+        pieces, room = self._with_decoys(rng, pieces, room, lambda: self._part_of_a_fact(rng))
         return self._assemble(rng, Draws(rng, task), task, length, [], pieces, final, room)
 
     def _tell(
@@ -161,6 +162,12 @@ class BabiRows(NeedleRows):
         if ids is None:
             ids = self._facts[fact] = self.encode(" " + fact)
         return ids
+
+    def _part_of_a_fact(self, rng: random.Random) -> list[int]:
+        """A fact without its first words or its last: nobody "went to the kitchen.", "Mary went to the"."""
+        words = rng.choice(list(self._facts)).split()
+        border = rng.randrange(1, len(words))
+        return self.encode(" " + " ".join(words[border:] if rng.random() < 0.5 else words[:border]))
 
     def _first(self, ids: Any) -> list[int]:
         """Nothing stands before the text."""
