@@ -48,8 +48,6 @@ def main(options: Options) -> None:
         sys.exit(f"--recipe {options.recipe}: expected one on tasks")
     recipe = replace(recipe, data=replace(recipe.data, haystack=options.haystack))
     model = untrained(recipe, options.weights).model
-    if torch.cuda.is_available():
-        model.to("cuda")
     haystack = SentenceTokens.load(options.haystack)
     ids = haystack.ids[: options.tokens]
     with Progress() as progress:

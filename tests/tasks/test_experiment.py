@@ -27,6 +27,7 @@ from titans.tasks.experiment import (
     seconds_a_step,
     token_rows,
     train_model,
+    untrained,
 )
 from titans.tasks.settings import TaskSettings
 from titans.training.answers import right_answers
@@ -279,3 +280,17 @@ def test_the_benchmark_runs_babilong(tmp_path):
     rows = benchmark(tmp_path, "--steps", 2, "--babi", tiny_babi(tmp_path))
     (test,) = [row for row in rows if row["kind"] == "test"]
     assert (test["task"], test["length"], test["samples"]) == ("babilong_qa1", 2048, 2)
+
+
+@pytest.mark.gpu
+def test_what_is_tested_without_training_is_where_training_leaves_it(tmp_path):
+    """Left on the CPU, three needle tests of 64K to 10M tokens came no further than the first in 456 s."""
+    recipe = tiny_recipe(tmp_path)
+    trained = train_model(recipe)
+    save_weights(trained.model, tmp_path / "w.safetensors", torch.float32)
+    again = untrained(recipe, tmp_path / "w.safetensors")
+    assert again.model.device.type == trained.model.device.type == "cuda"
+    assert again.row["ending"] == "not trained"
+    assert not again.model.training
+    for name, weight in again.model.state_dict().items():
+        assert weight.equal(trained.model.state_dict()[name]), name

@@ -111,9 +111,14 @@ def train_model(
 
 
 def untrained(recipe: Recipe, start: Path) -> Trained:
-    """The recipe's model with the weights that `save_weights` has written to ``start``, as they are."""
+    """The recipe's model with the weights that `save_weights` has written to ``start``, as they are.
+
+    Where training would have left it: on the GPU, if there is one.
+    """
     model = build_model(recipe, open_data(recipe))
     load_weights(model, start)
+    if torch.cuda.is_available():
+        model.to("cuda")
     row = {
         "recipe": recipe.to_dict(),
         "seed": recipe.training.seed,
