@@ -406,6 +406,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ablations.json": lambda record: ablations(record, table),
     "ablations_needles.json": lambda record: ablations(record, table, "Ablations on needles"),
     "ops_gpu.json": ops_on_a_gpu,
+    "models_gpu_h100.json": lambda record: models_on_a_gpu(record, ", an H100"),
+    "models_gpu_h100_windows.json": lambda record: models_on_a_gpu(record, ", an H100: mal and windows"),
     "models_gpu.json": models_on_a_gpu,
     "models_gpu_uncompiled.json": lambda record: models_on_a_gpu(
         record, ", those with a memory not compiled"
@@ -426,10 +428,10 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 # A plot of the same name in docs/images/: what it shows, and who draws it.
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Any], None]]] = {
     "ops_gpu.json": ("Time over Gated DeltaNet's by shape", plot_ops),
+    "models_gpu_h100.json": ("Tokens/s by length, an H100", plot_models),
     "models_gpu.json": ("Tokens/s by length", plot_models),
     "stability_gpu.json": ("Norms over the steps, on the kernels", plot_stability),
     "stability_chunked.json": ("Norms over the steps, chunked path", plot_stability),
-    "models_gpu_before.json": ("Tokens/s by length, an earlier run", plot_models),
     "recall.json": ("Needles far beyond the training length", plot_needles),
     "recall_variants.json": ("Needles, all variants after one leg", plot_needles),
     "babilong.json": ("BABILong", plot_babilong),
