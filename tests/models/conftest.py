@@ -34,6 +34,7 @@ Build = Callable[..., TitansForCausalLM]
 KINDS: dict[str, dict[str, Any]] = {
     "mag after attention": {"variant": "mag", "memory_from_layer": 1, "memory_gates_from": "attention"},
     "mac reading first": {"variant": "mac", "memory_read_before_write": True},
+    "mac of tokens": {"variant": "mac", "memory_input": "token"},
     "mal per channel": {"variant": "mal", "memory_forget_per_channel": True},
 }
 

@@ -66,6 +66,8 @@ def test_overrides_win():
         ({"memory_max_step": 0.0}, "max_step must be positive, got 0.0"),
         ({"memory_gates_from": "x"}, "memory_gates_from must be 'token' or 'attention', got 'x'"),
         ({"memory_gates_from": "attention"}, "memory_gates_from must be 'token' for variant 'mac'"),
+        ({"memory_input": "y"}, "memory_input must be 'token' or 'attention', got 'y'"),
+        ({"variant": "mag", "memory_input": "token"}, "memory_input must be 'attention' for variant 'mag'"),
         ({"variant": "lmm", "memory_from_layer": 1}, "memory_from_layer must be 0 for variant 'lmm'"),
         ({"memory_from_layer": 4}, r"memory_from_layer \(4\) must be less than num_hidden_layers \(4\)"),
         ({"memory_from_layer": -1}, "memory_from_layer must be an integer of at least 0, got -1"),

@@ -56,6 +56,8 @@ class TitansConfig(PreTrainedConfig):
     memory_read_before_write: a token reads the memory as the one before it left it, see `NeuralMemorySpec`.
     memory_gates_from: what the gates of "mag" see of a token: "token", it alone, as in the paper, or
         "attention", what attention made of it and of the window before it, too, as those of "mac" do.
+    memory_input: what the memory of "mac" writes and is asked for: "attention", what attention made of a
+        token, as in the paper, or "token", it alone, as that of "mag"; its gates then see both.
     memory_from_layer: blocks before this one mix by sliding attention alone ("mac", "mag", "mal"). What a
         gate knows of a token's context comes from below it: in the first block of "mag" and "mal" nothing.
     conv_size: width of the causal depthwise convolution after q, k and v.
@@ -99,6 +101,7 @@ class TitansConfig(PreTrainedConfig):
     memory_max_step: float | None = None
     memory_read_before_write: bool = False
     memory_gates_from: str = "token"
+    memory_input: str = "attention"
     memory_from_layer: int = 0
     conv_size: int = 4
     chunk_size: int = 16
@@ -206,6 +209,10 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(
                 f"memory_gates_from must be 'token' for variant {self.variant!r}, got 'attention'"
             )
+        if self.memory_input not in ("token", "attention"):
+            raise ValueError(f"memory_input must be 'token' or 'attention', got {self.memory_input!r}")
+        if self.memory_input == "token" and self.variant != "mac":
+            raise ValueError(f"memory_input must be 'attention' for variant {self.variant!r}, got 'token'")
         if self.memory_from_layer and self.variant not in ("mac", "mag", "mal"):
             raise ValueError(
                 f"memory_from_layer must be 0 for variant {self.variant!r}, which does not join attention to "

@@ -7,6 +7,8 @@ one, and attends to the recalled h_j only for j <= its own index.
     y   = attention([prefix, h, x])
     M_i = write(M_{i-1}; k(y_i), v(y_i))           the chunk rule
     o_i = W_o[ norm_1(y_i) * sigmoid(norm_2(M_i(q'(y_i)))) ]        M_{i-1} with memory_read_before_write
+
+With `memory_input="token"` k, v and q' are those of x_i, and the gates see x_i + norm_1(y_i).
 """
 
 from __future__ import annotations
@@ -82,6 +84,7 @@ class MacMixer(nn.Module):
         super().__init__()
         size, count = config.hidden_size, config.num_persistent_tokens
         self.segment_size = config.segment_size
+        self.writes_tokens = config.memory_input == "token"
         self.persistent = PersistentTokens(count, size) if count else None
         self.memory = MemoryCore(config.memory_spec)
         self.context_norm = RMSNorm(config.memory_head_dim, config.rms_norm_eps, heads=self.memory.spec.heads)
@@ -123,19 +126,25 @@ class MacMixer(nn.Module):
             return self.forward(x, state, rows)
         attended, memories = [], []
         steps = _steps(x.shape[1], state.segment.offsets, rows, self.segment_size)
-        pieces = zip(_cut(recall, steps), _cut(queries, steps), _cut(entries, steps), strict=True)
-        for step, (recalling, asking, entering) in zip(steps, pieces, strict=True):
-            y, m, state = self._step(recalling, asking, entering, state, step.rows)
+        pieces = zip(*(_cut(each, steps) for each in (x, recall, queries, entries)), strict=True)
+        for step, (token, recalling, asking, entering) in zip(steps, pieces, strict=True):
+            y, m, state = self._step(token, recalling, asking, entering, state, step.rows)
             attended.append(y)
             memories.append(m)
         y, m = _join(attended, steps), _join(memories, steps)
         gate = torch.sigmoid(self.memory_norm(m.flatten(2)))
-        return self.o_proj(self.attention_norm(y) * gate), replace(state, context_tail=context_tail)
+        return self.o_proj(y * gate), replace(state, context_tail=context_tail)
 
     def _step(
-        self, recall: Tensor, queries: Tensor, entries: Tensor, state: MacState, rows: Rows | None
+        self,
+        x: Tensor,
+        recall: Tensor,
+        queries: Tensor,
+        entries: Tensor,
+        state: MacState,
+        rows: Rows | None,
     ) -> tuple[Tensor, Tensor, MacState]:
-        """Some tokens of one segment: y, m and the state after them."""
+        """Some tokens of one segment: norm_1(y), m and the state after them."""
         h = self._recall(recall, state.frozen, rows)
         context = self.context_proj(self.context_norm(h).flatten(2))
         entries = torch.cat([entries, self.attention.entries(context)], dim=2)
@@ -146,11 +155,13 @@ class MacMixer(nn.Module):
             segment = state.segment.append(entries, rows)
             y = self.attention.attend(queries, segment, state.prefix, rows)
 
-        (q, k, v), memory = self.memory.project_write(y, state.memory, rows)
-        m, memory = self.memory.write(q, k, v, self.memory.gates(y), memory, rows)
+        normed = self.attention_norm(y)
+        written, seen = (x, x + normed) if self.writes_tokens else (y, y)
+        (q, k, v), memory = self.memory.project_write(written, state.memory, rows)
+        m, memory = self.memory.write(q, k, v, self.memory.gates(seen), memory, rows)
         frozen = self._freeze(state.frozen, memory.memory.weights, segment)
         state = replace(state, memory=memory, frozen=frozen, segment=segment.close(self.segment_size))
-        return y, m, state
+        return normed, m, state
 
     def _recall(self, recall: Tensor, frozen: tuple[Tensor, ...], rows: Rows | None) -> Tensor:
         if rows is None:

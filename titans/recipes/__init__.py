@@ -24,9 +24,14 @@ from titans.recipes.mqar import (
     mqar_lmm_f256,
     mqar_lmm_linear,
     mqar_mac,
+    mqar_mac_token,
     mqar_mag,
     mqar_mal,
     mqar_sliding,
+    short_mqar_mac,
+    short_mqar_mac_token,
+    short_mqar_mag,
+    short_mqar_sliding,
 )
 from titans.recipes.needle import (
     needle_attention,
@@ -36,6 +41,7 @@ from titans.recipes.needle import (
     needle_lmm_rectified,
     needle_mac,
     needle_mac_f256,
+    needle_mac_f256_token,
     needle_mag,
     needle_mag_c16,
     needle_mag_f256,
@@ -53,13 +59,15 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     for recipe in (
         *(demo_mac, tiny_lmm, tiny_mac, tiny_mag, tiny_mal, tiny_attention),
         *(needle_lmm, needle_lmm_rectified, needle_lmm_linear, needle_lmm_f256),
-        *(needle_mac, needle_mac_f256, needle_mag, needle_mag_token, needle_mag_late, needle_mag_c16),
+        *(needle_mac, needle_mac_f256, needle_mac_f256_token),
+        *(needle_mag, needle_mag_token, needle_mag_late, needle_mag_c16),
         *(needle_mag_f256, needle_mag_f256_second),
         *(needle_mal, needle_attention, needle_sliding),
         *(babilong_qa1_mag, babilong_qa1_mag_f256, babilong_mag, babilong_mag_f256),
         *(babilong_qa1_mag_f256_second, babilong_mag_f256_second, babilong_lmm, babilong_sliding),
         *(mqar_lmm, mqar_lmm_linear, mqar_lmm_f256),
-        *(mqar_mag, mqar_mac, mqar_mal, mqar_attention, mqar_sliding),
+        *(mqar_mag, mqar_mac, mqar_mac_token, mqar_mal, mqar_attention, mqar_sliding),
+        *(short_mqar_mag, short_mqar_mac, short_mqar_mac_token, short_mqar_sliding),
         *ABLATIONS,
     )
 }

@@ -7,25 +7,22 @@ short enough for what has no kernels. (On needles, 700 steps were too few: two s
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from titans.recipes.mqar import mqar_lmm
+from titans.recipes.needle import with_model
 from titans.training.recipe import Recipe
 
 
 def ablation_base() -> Recipe:
     """A memory alone, small, on MQAR: what the others are measured by."""
-    recipe = mqar_lmm()
-    model = replace(recipe.model, memory_forget_gate="rectified", chunk_size=64, num_persistent_tokens=4)
-    return replace(recipe, model=model)
+    return with_model(mqar_lmm(), memory_forget_gate="rectified", chunk_size=64, num_persistent_tokens=4)
 
 
 def _ablation(name: str, says: str, **changes: object) -> Callable[[], Recipe]:
     """The recipe ``ablation_<name>``: the base, with other fields of its model."""
 
     def recipe() -> Recipe:
-        base = ablation_base()
-        return replace(base, model=replace(base.model, **changes))  # type: ignore[arg-type]  # its fields
+        return with_model(ablation_base(), **changes)
 
     recipe.__name__, recipe.__doc__ = f"ablation_{name}", says
     return recipe

@@ -70,43 +70,43 @@ def needle_lmm() -> Recipe:
 
 def needle_lmm_rectified() -> Recipe:
     """The same with a forget gate that starts a hair above an exact zero."""
-    return _with_model(needle_lmm(), memory_forget_gate="rectified")
+    return with_model(needle_lmm(), memory_forget_gate="rectified")
 
 
 def needle_lmm_linear() -> Recipe:
     """The memory alone, linear and without momentum, which makes it diverge beyond the training length."""
     linear = {"memory_depth": 1, "memory_momentum": False}
-    return _with_model(needle_lmm(), **linear, intermediate_size=696)
+    return with_model(needle_lmm(), **linear, intermediate_size=696)
 
 
 def needle_lmm_f256() -> Recipe:
     """The memory alone, an MLP of expansion 4."""
-    return _with_model(needle_lmm(), memory_expansion=4, intermediate_size=544)
+    return with_model(needle_lmm(), memory_expansion=4, intermediate_size=544)
 
 
 def needle_mag() -> Recipe:
     """Memory as a gate on attention with a window of 256, by which its gates know what a token is part of."""
-    return _seen(_with_model(needle_lmm(), **_hybrid("mag"), memory_gates_from="attention"))
+    return _seen(with_model(needle_lmm(), **_hybrid("mag"), memory_gates_from="attention"))
 
 
 def needle_mag_token() -> Recipe:
     """needle_mag with gates that see the token alone, as in the paper: in block one, digits are alike."""
-    return _with_model(needle_lmm(), **_hybrid("mag"))
+    return with_model(needle_lmm(), **_hybrid("mag"))
 
 
 def needle_mag_late() -> Recipe:
     """needle_mag_token with a first block of attention alone."""
-    return _with_model(needle_mag_token(), memory_from_layer=1, intermediate_size=544)
+    return with_model(needle_mag_token(), memory_from_layer=1, intermediate_size=544)
 
 
 def needle_mag_c16() -> Recipe:
     """needle_mag with gradients taken anew every 16 tokens: a value of 36 tokens is written in three goes."""
-    return _with_model(needle_mag(), chunk_size=16)
+    return with_model(needle_mag(), chunk_size=16)
 
 
 def needle_mag_f256() -> Recipe:
     """needle_mag with a memory of expansion 4."""
-    return _with_model(needle_mag(), memory_expansion=4, intermediate_size=288)
+    return with_model(needle_mag(), memory_expansion=4, intermediate_size=288)
 
 
 def needle_mag_f256_second() -> Recipe:
@@ -119,27 +119,32 @@ def needle_mag_f256_second() -> Recipe:
 
 def needle_mal() -> Recipe:
     """Memory as a layer below attention with a window of 256."""
-    return _with_model(needle_lmm(), **_hybrid("mal"))
+    return with_model(needle_lmm(), **_hybrid("mal"))
 
 
 def needle_mac() -> Recipe:
     """Memory as context, segments of 256: its gates see what attention made of a token, in every block."""
-    return _seen(_with_model(needle_lmm(), **_hybrid("mac")))
+    return _seen(with_model(needle_lmm(), **_hybrid("mac")))
 
 
 def needle_mac_f256() -> Recipe:
     """The same with a memory of expansion 4."""
-    return _with_model(needle_mac(), memory_expansion=4, intermediate_size=200)
+    return with_model(needle_mac(), memory_expansion=4, intermediate_size=200)
+
+
+def needle_mac_f256_token() -> Recipe:
+    """needle_mac_f256 whose memory writes the token, not what attention made of it."""
+    return with_model(needle_mac_f256(), memory_input="token")
 
 
 def needle_attention() -> Recipe:
     """The baseline: full attention."""
-    return _with_model(needle_lmm(), variant="attention", window_size=0, intermediate_size=808)
+    return with_model(needle_lmm(), variant="attention", window_size=0, intermediate_size=808)
 
 
 def needle_sliding() -> Recipe:
     """The baseline with a window of 256: what needs no memory."""
-    return _with_model(needle_attention(), window_size=WINDOW)
+    return with_model(needle_attention(), window_size=WINDOW)
 
 
 def _hybrid(variant: str) -> dict[str, object]:
@@ -151,5 +156,6 @@ def _seen(recipe: Recipe) -> Recipe:
     return replace(recipe, training=replace(recipe.training, write_penalty=PRICE_OF_SEEN))
 
 
-def _with_model(recipe: Recipe, **changes: object) -> Recipe:
+def with_model(recipe: Recipe, **changes: object) -> Recipe:
+    """The recipe with other fields of its model."""
     return replace(recipe, model=replace(recipe.model, **changes))  # type: ignore[arg-type]  # names of its fields

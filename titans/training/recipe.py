@@ -70,6 +70,8 @@ class ModelSettings:
     """A token reads the memory without its own write in it."""
     memory_gates_from: str | None = None
     """What the gates of mag see: token, or attention: what attention made of it, too."""
+    memory_input: str | None = None
+    """What mac writes: attention, what attention made of a token, as in the paper, or token, it alone."""
     memory_from_layer: int | None = None
     """Blocks before this one have sliding attention alone (mac, mag, mal)."""
     conv_size: int | None = None
