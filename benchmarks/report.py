@@ -400,6 +400,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "babilong_first.json": lambda record: babilong(record, table, "BABILong, one story a row"),
     "mqar.json": lambda record: mqar(record, table),
     "mqar_large_batch.json": lambda record: mqar(record, table, "MQAR, twice as many tokens a step"),
+    "mqar_short.json": lambda record: mqar(record, table, "Short MQAR on a CPU"),
     "mqar_cpu.json": lambda record: mqar(record, table, "MQAR on a CPU"),
     "mqar_attention.json": lambda record: mqar(record, table, "MQAR, full attention of width 256"),
     "mqar_noise.json": lambda record: mqar(record, table, "MQAR with noise"),

@@ -14,7 +14,7 @@ from titans.data.tokenizer import byte_tokenizer
 from titans.errors import UserError
 from titans.inference.fingerprint import model_fingerprint, tokenizer_fingerprint
 from titans.inference.memory_file import read_memory
-from titans.models import VARIANTS
+from titans.models import VARIANTS, TitansConfig
 from titans.models.state import leaves
 
 
@@ -175,6 +175,17 @@ def test_models_at_hand_need_their_tokenizer():
         Memory.new(randomised("mac"))
     with pytest.raises(UserError, match="expected a Titans model, got LlamaForCausalLM"):
         Memory.new(llama(), byte_tokenizer())
+
+
+def test_a_new_switch_leaves_fingerprints_as_they_were(monkeypatch):
+    """A memory file that was made before the library had the switch is still of the same model."""
+    model = randomised("mac")
+    same = model_fingerprint(model)
+    monkeypatch.setitem(TitansConfig.__annotations__, "memory_new", str)
+    monkeypatch.setattr(TitansConfig, "memory_new", "off", raising=False)
+    assert model_fingerprint(model) == same
+    model.config.memory_new = "on"
+    assert model_fingerprint(model) != same
 
 
 def test_fingerprints_tell_what_matters_apart():

@@ -16,10 +16,15 @@ _IGNORED = {"initializer_range", "use_cache", "bos_token_id", "eos_token_id", "p
 def model_fingerprint(model: TitansForCausalLM) -> str:
     """Of the config's sizes and switches and of every parameter's name, dtype, shape and bytes.
 
-    The same on every device; another dtype is another model.
+    The same on every device; another dtype is another model. Switches at their default do not count: a
+    memory file outlives the day when the library gains one.
     """
-    fields = sorted(set(TitansConfig.__annotations__) - _IGNORED)
-    digest = hashlib.sha256(_json({name: getattr(model.config, name) for name in fields}))
+    fields = {
+        name: value
+        for name in sorted(set(TitansConfig.__annotations__) - _IGNORED)
+        if (value := getattr(model.config, name)) != getattr(TitansConfig, name)
+    }
+    digest = hashlib.sha256(_json(fields))
     for name, parameter in model.named_parameters():  # tied weights once
         digest.update(_json([name, str(parameter.dtype), list(parameter.shape)]))
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -119,33 +119,42 @@ class MacMixer(nn.Module):
             return output.view_as(x), state
 
         # What depends on x alone is computed for all segments at once.
-        recall, context_tail = self.memory.project_query(x, state.context_tail, rows)
         queries, entries = self.attention.queries(x), self.attention.entries(x)
         if isinstance(state.segment, SegmentRing) and not state.segment.ring.takes(entries):
             state = replace(state, segment=state.segment.unrolled())
             return self.forward(x, state, rows)
+        if self.writes_tokens:  # what recalls from the frozen memory asks the live one, too
+            recall: Sequence[Tensor]
+            recall, memory = self.memory.project_write(x, state.memory, rows)
+            state = replace(state, memory=memory, context_tail=memory.query_tail)
+        else:
+            query, tail = self.memory.project_query(x, state.context_tail, rows)
+            recall, state = (query,), replace(state, context_tail=tail)
         attended, memories = [], []
         steps = _steps(x.shape[1], state.segment.offsets, rows, self.segment_size)
-        pieces = zip(*(_cut(each, steps) for each in (x, recall, queries, entries)), strict=True)
-        for step, (token, recalling, asking, entering) in zip(steps, pieces, strict=True):
-            y, m, state = self._step(token, recalling, asking, entering, state, step.rows)
+        pieces = zip(*(_cut(each, steps) for each in (x, queries, entries, *recall)), strict=True)
+        for step, (token, asking, entering, *recalling) in zip(steps, pieces, strict=True):
+            y, m, state = self._step(token, asking, entering, recalling, state, step.rows)
             attended.append(y)
             memories.append(m)
         y, m = _join(attended, steps), _join(memories, steps)
         gate = torch.sigmoid(self.memory_norm(m.flatten(2)))
-        return self.o_proj(y * gate), replace(state, context_tail=context_tail)
+        return self.o_proj(y * gate), state
 
     def _step(
         self,
         x: Tensor,
-        recall: Tensor,
         queries: Tensor,
         entries: Tensor,
+        recall: Sequence[Tensor],
         state: MacState,
         rows: Rows | None,
     ) -> tuple[Tensor, Tensor, MacState]:
-        """Some tokens of one segment: norm_1(y), m and the state after them."""
-        h = self._recall(recall, state.frozen, rows)
+        """Some tokens of one segment: norm_1(y), m and the state after them.
+
+        recall: the queries of x; with `writes_tokens` its keys and values, too.
+        """
+        h = self._recall(recall[0], state.frozen, rows)
         context = self.context_proj(self.context_norm(h).flatten(2))
         entries = torch.cat([entries, self.attention.entries(context)], dim=2)
         segment: Segment | SegmentRing
@@ -156,8 +165,11 @@ class MacMixer(nn.Module):
             y = self.attention.attend(queries, segment, state.prefix, rows)
 
         normed = self.attention_norm(y)
-        written, seen = (x, x + normed) if self.writes_tokens else (y, y)
-        (q, k, v), memory = self.memory.project_write(written, state.memory, rows)
+        if self.writes_tokens:
+            (q, k, v), memory, seen = recall, state.memory, x + normed
+        else:
+            (q, k, v), memory = self.memory.project_write(y, state.memory, rows)
+            seen = y
         m, memory = self.memory.write(q, k, v, self.memory.gates(seen), memory, rows)
         frozen = self._freeze(state.frozen, memory.memory.weights, segment)
         state = replace(state, memory=memory, frozen=frozen, segment=segment.close(self.segment_size))
