@@ -1,11 +1,17 @@
 """Decoys that a model finds itself: the sentences of a haystack that it writes into its memory.
 
-    python benchmarks/mine.py --recipe babilong_qa1_mag_f256_second --weights x.safetensors \
-        --haystack runs/recall/train.npz --out runs/recall/mined.npz
-    python benchmarks/recall.py --recipes babilong_qa1_mag_f256_second --start x.safetensors \
-        --mined runs/recall/mined.npz --steps 1500
+    titans haystack books/ --characters 100000000 --tokenizer runs/recall/train.npz \\
+        --without runs/recall/test.npz --out runs/recall/words.npz \\
+        --words kitchen garden gardens bathroom bedroom hallway office Mary John Daniel Sandra \\
+        went moved travelled journeyed
+    python benchmarks/mine.py --recipe babilong_qa1_mag_f256_second --weights x.safetensors \\
+        --haystack runs/recall/words.npz --least 1e-5 --tokens 9000000 --out runs/recall/mined.npz
+    python benchmarks/recall.py --recipes babilong_qa1_mag_f256_second --start x.safetensors \\
+        --mined runs/recall/mined.npz --steps 4000
 
-The weights are those that benchmarks/recall.py has saved. What comes out is a haystack, for `data.mined`.
+Most of what a model of BABILong writes of books stands in sentences with a word of the stories: the first
+command takes these of more books than a haystack for training need have. The weights are those that
+benchmarks/recall.py has saved. What comes out is a haystack, for `data.mined`.
 """
 
 from __future__ import annotations
