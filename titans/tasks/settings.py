@@ -44,7 +44,7 @@ class TaskSettings(DataSource):
     """Share of these questions that are asked within the haystack."""
     decoys: float = 0.0
     """Share of a row's haystack that sentences may take, at most, which have something of a fact but are
-    none: numbers, or words of BABILong's stories."""
+    none: numbers, or words of BABILong's stories and parts of their facts."""
     mined: Path | None = None
     """Sentences that an earlier leg's model writes (benchmarks/mine.py makes the file): every other decoy."""
     vocab_size: int = 8192
