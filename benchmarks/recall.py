@@ -27,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -339,26 +339,15 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _options(plain: dict[str, Any]) -> Options:
-    kinds = {
-        "start": Path,
-        "train": Path,
-        "test": Path,
-        "babi": Path,
-        "llama_tokenizer": Path,
-        "work": Path,
-        "output": Path,
-        "save": Path,
-    }
-    return Options(
-        **{
-            name: kinds[name](value)
-            if name in kinds and value is not None
-            else tuple(value)
-            if isinstance(value, list)
-            else value
-            for name, value in plain.items()
-        }
-    )
+    """The options that went through JSON: paths came out as strings, tuples as lists."""
+    paths = {name for name, kind in get_type_hints(Options).items() if kind in (Path, Path | None)}
+
+    def made(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
+        return Path(value) if name in paths and value is not None else value
+
+    return Options(**{name: made(name, value) for name, value in plain.items()})
 
 
 if __name__ == "__main__":

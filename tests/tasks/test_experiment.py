@@ -205,15 +205,24 @@ def test_the_command_line_overrides_a_task():
     assert (options.data.keys, options.data.haystack) == (3, Path("x.npz"))
 
 
-def test_runs_are_named_by_pattern_and_by_seed():
-    path = Path(__file__).parents[2] / "benchmarks" / "recall.py"
-    spec = importlib.util.spec_from_file_location("recall", path)
-    recall = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = recall  # dataclasses look there
-    try:
-        spec.loader.exec_module(recall)
-    finally:
-        del sys.modules[spec.name]
+@pytest.fixture
+def recall(monkeypatch):
+    """benchmarks/recall.py as a module."""
+    spec = importlib.util.spec_from_file_location("recall", ROOT / "benchmarks" / "recall.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_options_of_the_benchmark_reach_its_processes_as_they_were_given(recall):
+    given = recall.Options(mined=Path("a/mined.npz"), start=Path("weights"), recipes=("x", "y"), seeds=(1, 2))
+    for options in (recall.Options(), given):
+        sent = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+        assert recall._options(sent) == options
+
+
+def test_runs_are_named_by_pattern_and_by_seed(recall):
     runs = recall.named(("needle_mag@3", "babilong_qa1_mag_f256*", "mine.py:recipe"), (0, 1))
     qa1, second = "babilong_qa1_mag_f256", "babilong_qa1_mag_f256_second"
     assert runs == [

@@ -38,7 +38,7 @@ from titans.nn.context_attention import SegmentRing
 class MacState:
     """What MAC carries between tokens.
 
-    memory: what y is written to, with the conv tails of y.
+    memory: what is written to, with the conv tails of what is written, y or x.
     frozen: its weights at the last end of a segment, L tensors `[B, H, D_in, D_out]`.
     context_tail: conv tail of the queries of x.
     segment: keys and values since that end; prefix: those of the persistent tokens.

@@ -9,7 +9,7 @@ nothing.
 from dataclasses import replace
 from pathlib import Path
 
-from titans.recipes.needle import needle_lmm, needle_mag, needle_mag_f256, needle_sliding
+from titans.recipes.needle import needle_lmm, needle_mag, needle_mag_f256, needle_sliding, with_model
 from titans.tasks.settings import TaskSettings
 from titans.training.recipe import Recipe
 
@@ -70,4 +70,4 @@ def _on_babilong(recipe: Recipe, tasks: tuple[str, ...] = TASKS) -> Recipe:
     assert isinstance(recipe.data, TaskSettings)
     # An answer is one word: rows of one story would leave a batch with next to nothing to learn from.
     data = replace(recipe.data, tasks=tasks, babi=BABI, lengths=LENGTHS, keys=4, questions=5, decoys=0.3)
-    return replace(recipe, model=replace(recipe.model, conv_size=8, window_size=WINDOW), data=data)
+    return replace(with_model(recipe, conv_size=8, window_size=WINDOW), data=data)

@@ -162,6 +162,7 @@ def only(batches: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _needle_rows(settings: TaskSettings, *parts: SentenceTokens) -> list[NeedleRows]:
+    mined = _mined(settings, parts[0])
     return [
         NeedleRows(
             _enough(settings, sentences),
@@ -170,16 +171,14 @@ def _needle_rows(settings: TaskSettings, *parts: SentenceTokens) -> list[NeedleR
             questions=settings.questions,
             dense=settings.dense,
             middle=settings.middle,
-            decoys=_decoys(settings, sentences),
+            decoys=_decoys(settings, sentences, mined),
         )
         for sentences in parts
     ]
 
 
-def _decoys(settings: TaskSettings, sentences: SentenceTokens) -> Decoys | None:
-    if not settings.decoys:
-        return None
-    return Decoys(sentences, digits(sentences), settings.decoys, _mined(settings, sentences))
+def _decoys(settings: TaskSettings, sentences: SentenceTokens, mined: SentenceTokens | None) -> Decoys | None:
+    return Decoys(sentences, digits(sentences), settings.decoys, mined) if settings.decoys else None
 
 
 def _mined(settings: TaskSettings, sentences: SentenceTokens) -> SentenceTokens | None:
@@ -199,6 +198,7 @@ def _babi_rows(settings: TaskSettings, train: SentenceTokens, held_out: Sentence
     chains = training_chains(settings.babi, settings.tasks)
     first = {name: of_task[: _border(len(of_task))] for name, of_task in chains.items()}
     last = {name: of_task[_border(len(of_task)) :] for name, of_task in chains.items()}
+    mined = _mined(settings, train)
     return [
         BabiRows(
             _enough(settings, sentences),
@@ -206,7 +206,7 @@ def _babi_rows(settings: TaskSettings, train: SentenceTokens, held_out: Sentence
             keys=settings.keys,
             questions=settings.questions,
             decoys=settings.decoys,
-            mined=_mined(settings, sentences),
+            mined=mined,
         )
         for sentences, stories in ((train, first), (held_out, last))
     ]
