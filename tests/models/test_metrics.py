@@ -5,7 +5,7 @@ import torch
 
 from titans.nn import MemoryMetrics
 from titans.nn.memory import MemoryCore
-from titans.nn.metrics import WriteShares
+from titans.nn.metrics import NOTHING, WriteShares
 
 
 def test_metrics_are_those_of_the_last_state(build, tokens):
@@ -77,3 +77,44 @@ def test_write_shares_are_the_gates_over_their_bounds(build, tokens):
     with WriteShares(build("attention")) as shares:
         build("attention")(ids)
     assert shares.mean() == 0
+
+
+@torch.no_grad()
+def test_the_share_of_noise_is_that_of_the_steps(variant, build, tokens):
+    """Against the gates' own numbers, memory by memory, all at once or segment by segment."""
+    model, ids = build(variant), tokens(2, 20)
+    worth = torch.zeros(2, 20, dtype=torch.int8)
+    worth[:, 3:9], worth[0, 12:15], worth[1, 19] = -1, 1, 1
+    memories = [module for module in model.modules() if isinstance(module, MemoryCore)]
+    seen = [[] for _ in memories]
+    for memory, steps in zip(memories, seen, strict=True):
+        memory.gates.register_forward_hook(
+            lambda gates, _, out, steps=steps: steps.append(out.theta / torch.tensor(gates.max_steps))
+        )
+    with WriteShares(model) as shares:
+        model(ids)
+    expected = []
+    for steps in seen:
+        theta = torch.cat([part for part in steps if len(part) == 2], dim=1)[:, -20:]
+        noise, facts = theta[worth < 0].sum((0, 1)), theta[worth > 0].sum((0, 1))
+        expected.append(noise / (noise + facts + NOTHING))
+    if variant == "attention":
+        assert shares.of_noise(worth) == 0
+        return
+    assert shares.of_noise(worth).item() == pytest.approx(torch.cat(expected).mean().item())
+
+
+def test_a_price_of_noise_lowers_its_steps_and_raises_those_of_facts(build, tokens):
+    model, ids = build("lmm", num_hidden_layers=1), tokens(2, 20)
+    worth = torch.where(torch.arange(20) % 2 > 0, 1, -1).expand(2, 20)
+    (memory,) = [module for module in model.modules() if isinstance(module, MemoryCore)]
+    thetas = []
+    memory.gates.register_forward_hook(lambda _, __, out: thetas.append(out.theta))
+    with WriteShares(model) as shares:
+        model(ids)
+    (theta,) = [theta for theta in thetas if len(theta) == 2]
+    gradient = torch.autograd.grad(shares.of_noise(worth), theta)[0]
+    assert (gradient[worth < 0] > 0).all()
+    assert (gradient[worth > 0] < 0).all()
+    # Neither all larger nor all smaller is better.
+    assert (gradient * theta).sum().abs() < 0.02 * (gradient * theta).abs().sum()

@@ -60,7 +60,7 @@ def test_rows_have_the_tokens_of_their_text_and_ask_for_what_is_true_there(babi,
     questions = Counter()
     for seed in range(60):
         length = rows.shortest() if seed == 0 else random.Random(seed).randint(rows.shortest(), 1500)
-        ids, labels = rows.row(random.Random(seed), length)
+        ids, labels, _ = rows.row(random.Random(seed), length)
         text = tokenizer.decode(ids, skip_special_tokens=False)
         assert len(ids) == len(labels) == length
         assert np.array_equal(encode([text])[0], ids)

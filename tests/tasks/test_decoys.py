@@ -67,13 +67,13 @@ def test_rows_with_decoys_have_their_length_and_their_answers(task, tmp_path):
     with_decoys, without = (open_tasks(each, training).train.maker.rows for each in (settings, plain))
     different = 0
     for seed in range(20):
-        ids, labels = with_decoys.row(random.Random(seed), 700)
+        ids, labels, _ = with_decoys.row(random.Random(seed), 700)
         assert len(ids) == len(labels) == 700
         assert (labels >= 0).any()
         asked = labels >= 0
         assert np.array_equal(labels[asked], ids[asked])
         # The draws before those of the decoys are the same: facts, questions and answers.
-        _, others = without.row(random.Random(seed), 700)
+        others = without.row(random.Random(seed), 700).labels
         assert np.array_equal(labels[asked], others[others >= 0])
         different += not np.array_equal(labels, others)
     assert different > 5
@@ -89,14 +89,19 @@ def test_babilong_rows_hold_parts_of_facts_that_are_none(decoys, tmp_path):
         **{"haystack": tmp_path / "h.npz", "babi": tiny_babi(tmp_path / "babi")},
     )
     rows = open_tasks(settings, TrainingSettings(steps=1, batch_size=1)).train.maker.rows
-    text = " ".join(
-        haystack.tokenizer.decode(rows.row(random.Random(seed), 700)[0].tolist()) for seed in range(20)
-    )
+    made = [rows.row(random.Random(seed), 700) for seed in range(20)]
+    text = " ".join(haystack.tokenizer.decode(row.ids) for row in made)
     names, places = "(?:John|Mary|Sandra)", "(?:bathroom|garden|hallway|kitchen)"
     told = re.sub(rf"{names} went to the {places}\.|Where is {names}\? {places}\.?", "", text)
     assert bool(re.search(rf"{names} went(?: to)?(?: the)?", told)) == bool(decoys)
     assert bool(re.search(r"(?:went )?to the (?:bathroom|kitchen)\.", told)) == bool(decoys)
     assert "Where" in text
+    # What is worth remembering are the whole facts, and of decoys and sentences nothing is.
+    facts = "".join(haystack.tokenizer.decode(row.ids[row.worth > 0]) for row in made)
+    assert re.fullmatch(rf"(?: ?{names} went to the {places}\.)+", facts)
+    noise = " ".join(haystack.tokenizer.decode(row.ids[row.worth < 0]) for row in made)
+    assert "Where" not in noise
+    assert bool(re.search(rf"{names} went(?: to)?(?: the)?", noise)) == bool(decoys)
 
 
 def test_a_share_above_one_is_refused():

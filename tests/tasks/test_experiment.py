@@ -97,6 +97,21 @@ def test_workers_give_the_same_batches(tmp_path):
     assert figures(tmp_path / "alone") == figures(tmp_path / "workers")
 
 
+def test_a_price_on_noise_lowers_its_share(tmp_path):
+    """On the same batches; nothing else has a price."""
+    shares = {}
+    for price in (1e-9, 30.0):
+        recipe = tiny_recipe(
+            tmp_path, steps=40, noise_penalty=price, learning_rate=5e-3, eval_every=100, save_every=100
+        )
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, memory_step_init=0.1))
+        out = tmp_path / str(price)
+        assert train(recipe, open_data(recipe), out).ending == "finished"
+        shares[price] = [record["noise_share"] for record in figures(out) if "noise_share" in record]
+    assert shares[1e-9][0] == shares[30.0][0] > 0.5
+    assert shares[30.0][-1] < 0.5 * shares[1e-9][-1]
+
+
 def test_right_answers_counts_tokens_and_whole_answers():
     labels = torch.full((2, 8), -100)
     labels[0, 2:4], labels[0, 6:8], labels[1, 3:6] = 1, 2, 3

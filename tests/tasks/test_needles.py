@@ -3,6 +3,7 @@
 import pickle
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,13 @@ def test_rows_have_the_tokens_of_their_text_and_ask_for_answers_alone(name):
     questions = 0
     for seed in range(12):
         length = rows.shortest() if seed == 0 else random.Random(seed).randint(rows.shortest(), 1900)
-        ids, labels = rows.row(random.Random(seed), length)
-        assert len(ids) == len(labels) == length
+        ids, labels, worth = rows.row(random.Random(seed), length)
+        assert len(ids) == len(labels) == len(worth) == length
         text = tokenizer.decode(ids, skip_special_tokens=False)
+        facts, noise = (NEEDLE.findall(tokenizer.decode(ids[part])) for part in (worth > 0, worth < 0))
+        assert sorted(facts + noise) == sorted(NEEDLE.findall(text))
+        assert not noise or TASKS[name].haystack == "needle"  # made of such that nobody asks for
+        assert not worth[labels >= 0].any()
         assert np.array_equal(encode([text])[0], ids)
         assert text.startswith(("A special magic ", "Some special magic "))
 
@@ -68,7 +73,7 @@ def test_rows_have_the_tokens_of_their_text_and_ask_for_answers_alone(name):
 def test_rows_differ_in_what_they_hide_and_ask():
     rows = rows_of("niah_single_1", "niah_single_2", "niah_single_3")
     made = [rows.row(random.Random(seed), 1900) for seed in range(40)]
-    texts = [tiny_haystack().tokenizer.decode(ids) for ids, _ in made]
+    texts = [tiny_haystack().tokenizer.decode(row.ids) for row in made]
     needles = [len(NEEDLE.findall(text)) for text in texts]
     assert min(needles) == 1
     assert max(needles) == 6
@@ -121,6 +126,20 @@ def test_what_does_not_fit_is_refused(tmp_path, changes, message):
         open_tasks(settings(tmp_path, **changes), TrainingSettings(steps=10, batch_size=1))
     with pytest.raises(UserError, match="batch_size"):
         open_tasks(settings(tmp_path), TrainingSettings(steps=10))
+
+
+def test_batches_say_what_is_noise_where_that_has_a_price(tmp_path):
+    training = TrainingSettings(steps=10, batch_size=1)
+    plain = open_tasks(settings(tmp_path), training)
+    priced = open_tasks(settings(tmp_path), replace(training, noise_penalty=1.0))
+    assert set(plain.train[0]) == set(priced.validation[0]) == {"input_ids", "labels"}
+    batch = priced.train[0]
+    assert batch["input_ids"].equal(plain.train[0]["input_ids"])
+    assert batch["worth"].shape == batch["input_ids"].shape
+    assert set(batch["worth"].unique().tolist()) == {-1, 0, 1}
+    tokens = TaskSettings(tasks=("mqar",), lengths=(64,))
+    with pytest.raises(UserError, match=r"training\.noise_penalty: expected 0 for mqar"):
+        open_tasks(tokens, replace(training, noise_penalty=1.0))
 
 
 @pytest.mark.parametrize("task", ["mqar", "selective_copy"])

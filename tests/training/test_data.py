@@ -64,6 +64,12 @@ def test_a_tokenizer_with_more_ids_than_the_shards_is_refused(recipe):
         open_data(recipe)
 
 
+def test_a_price_on_noise_is_refused(recipe):
+    priced = dataclasses.replace(recipe.training, noise_penalty=0.5)
+    with pytest.raises(UserError, match=r"training\.noise_penalty: expected 0 for .*data, .* got 0\.5"):
+        open_data(dataclasses.replace(recipe, training=priced))
+
+
 def test_missing_and_short_data(recipe, tmp_path):
     long = dataclasses.replace(recipe.data, sequence_length=10**6)
     with pytest.raises(UserError, match="give more text or a shorter sequence"):

@@ -47,7 +47,7 @@ def replays(monkeypatch):
 
 def test_graphs_take_the_same_steps(tmp_path, replays):
     """Two lengths of rows, a price that rises, measurements of the memory in between."""
-    recipe = tiny_recipe(tmp_path, steps=8, write_penalty=PENALTY)
+    recipe = tiny_recipe(tmp_path, steps=8, write_penalty=PENALTY, noise_penalty=PENALTY)
     recipe = dataclasses.replace(recipe, logging=dataclasses.replace(recipe.logging, memory_metrics_every=3))
     plain = logs(recipe, tmp_path / "plain")
     assert not replays
@@ -55,7 +55,7 @@ def test_graphs_take_the_same_steps(tmp_path, replays):
     assert replays.count("replayed") == 6  # of 8 steps, two are measured
     assert 2 <= replays.count("recorded") < 6  # lengths, perhaps with two numbers of answers
     assert_alike(plain, recorded, 1e-5)
-    assert any("write_share" in record for record in recorded)
+    assert sum({"write_share", "noise_share"} <= set(record) for record in recorded) == 8
 
 
 def test_a_step_that_is_left_out_changes_nothing(tmp_path, replays, monkeypatch):
@@ -93,7 +93,8 @@ def test_what_it_cannot_be_together_with(others):
 )
 def test_recorded_steps_on_a_gpu(tmp_path, model, precision):
     """fp32 and three layers are the chunked path's; the others the kernels'."""
-    recipe = tiny_recipe(tmp_path, steps=8, write_penalty=PENALTY, precision=precision)
+    prices = {"write_penalty": PENALTY, "noise_penalty": PENALTY}
+    recipe = tiny_recipe(tmp_path, steps=8, precision=precision, **prices)
     sizes = {"hidden_size": 64, "memory_head_dim": 64}
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **sizes, **model))
     plain = logs(recipe, tmp_path / "plain")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from titans.nn.memory import MemoryCore, MemoryWrite
 from titans.ops.reference import inner_gradient
 
+NOTHING = 1e-3  # largest steps in all of a batch: a layer that writes less than this has no share of noise
+
 
 class MemoryMetrics:
     """Watches every memory inside `model` as long as the context lasts.
@@ -82,7 +84,7 @@ class MemoryMetrics:
 
 
 class WriteShares:
-    """How much of the largest step all tokens take, differentiable: a term for the loss.
+    """How much of the largest step every token takes, 0 to 1, differentiable: for a term of the loss.
 
         with WriteShares(model) as shares:
             loss = model(ids, labels=ids).loss
@@ -94,11 +96,11 @@ class WriteShares:
     def __init__(self, model: nn.Module) -> None:
         self._memories = [module for module in model.modules() if isinstance(module, MemoryCore)]
         self._before = [memory.observer for memory in self._memories]
-        self._shares: list[Tensor] = []
+        self._writes: list[list[tuple[Tensor, ...]]] = [[] for _ in self._memories]
 
     def __enter__(self) -> WriteShares:
-        for memory, before in zip(self._memories, self._before, strict=True):
-            memory.observer = partial(self._observe, memory, before)
+        for memory, before, writes in zip(self._memories, self._before, self._writes, strict=True):
+            memory.observer = partial(self._observe, memory, before, writes)
         return self
 
     def __exit__(
@@ -108,16 +110,47 @@ class WriteShares:
             memory.observer = before
 
     def mean(self) -> Tensor:
-        """Mean over memories, tokens, heads and memory layers, 0 to 1; zero for a model without memories."""
-        return torch.stack(self._shares).mean() if self._shares else torch.zeros(())
+        """Mean over memories, tokens, heads and memory layers; zero for a model without memories."""
+        means = [layer.mean() for writes in self._writes for write in writes for layer in write]
+        return torch.stack(means).mean() if means else torch.zeros(())
+
+    def of_tokens(self, rows: int, length: int) -> list[Tensor]:
+        """`[rows, length, H]` of every memory and its layers, for the ids `[rows, length]` of one forward."""
+        found = []
+        for writes in self._writes:
+            # Segments come one after the other; persistent tokens before them, of all rows in one.
+            parts = [write for write in writes if len(write[0]) == rows]
+            found += [torch.cat(layers, dim=1)[:, -length:] for layers in zip(*parts, strict=True)]
+        return found
+
+    def of_noise(self, worth: Tensor) -> Tensor:
+        """Share of all that is written which is noise: `sum(noise) / sum(noise + facts)`, 0 to 1.
+
+        Mean over memories and their layers; larger or smaller steps for all change nothing. Zero for a model
+        without memories.
+
+        worth: `[B, T]` beside the ids of one forward: above 0 what is to be remembered, below 0 what is
+            noise; the rest does not count.
+        """
+        noise, facts = (worth < 0).unsqueeze(-1), (worth > 0).unsqueeze(-1)
+        shares = []
+        for steps in self.of_tokens(*worth.shape):
+            lost, kept = (steps * noise).sum(), (steps * facts).sum()
+            shares.append(lost / (lost + kept + NOTHING))
+        return torch.stack(shares).mean() if shares else torch.zeros(())
 
     def _observe(
-        self, memory: MemoryCore, before: Callable[[MemoryWrite], None] | None, write: MemoryWrite
+        self,
+        memory: MemoryCore,
+        before: Callable[[MemoryWrite], None] | None,
+        writes: list[tuple[Tensor, ...]],
+        write: MemoryWrite,
     ) -> None:
         if before is not None:
             before(write)
-        pairs = memory.gates.steps_and_bounds(write.gates.theta)
-        self._shares += [layer.mean() / bound for layer, bound in pairs]
+        writes.append(
+            tuple(layer / bound for layer, bound in memory.gates.steps_and_bounds(write.gates.theta))
+        )
 
 
 def _norm(layers: tuple[Tensor, ...]) -> Tensor:

@@ -12,9 +12,11 @@ from titans.recipes.babilong import (
     babilong_mag,
     babilong_mag_f256,
     babilong_mag_f256_second,
+    babilong_mag_f256_told,
     babilong_qa1_mag,
     babilong_qa1_mag_f256,
     babilong_qa1_mag_f256_second,
+    babilong_qa1_mag_f256_told,
     babilong_sliding,
 )
 from titans.recipes.demo import demo_mac
@@ -65,6 +67,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(needle_mal, needle_attention, needle_sliding),
         *(babilong_qa1_mag, babilong_qa1_mag_f256, babilong_mag, babilong_mag_f256),
         *(babilong_qa1_mag_f256_second, babilong_mag_f256_second, babilong_lmm, babilong_sliding),
+        *(babilong_qa1_mag_f256_told, babilong_mag_f256_told),
         *(mqar_lmm, mqar_lmm_linear, mqar_lmm_f256),
         *(mqar_mag, mqar_mac, mqar_mac_token, mqar_mal, mqar_attention, mqar_sliding),
         *(short_mqar_mag, short_mqar_mac, short_mqar_mac_token, short_mqar_sliding),

@@ -54,9 +54,19 @@ def babilong_qa1_mag_f256_second() -> Recipe:
     return _second(babilong_qa1_mag_f256())
 
 
+def babilong_qa1_mag_f256_told() -> Recipe:
+    """A leg like the second that is told what is noise: a price on the share of writing spent on it."""
+    return _told(babilong_qa1_mag_f256_second())
+
+
 def babilong_mag_f256_second() -> Recipe:
-    """The same on qa1 to qa5 together."""
+    """The second leg on qa1 to qa5 together."""
     return _second(babilong_mag_f256())
+
+
+def babilong_mag_f256_told() -> Recipe:
+    """The leg that is told what is noise on qa1 to qa5 together."""
+    return _told(babilong_mag_f256_second())
 
 
 def _second(recipe: Recipe) -> Recipe:
@@ -64,6 +74,11 @@ def _second(recipe: Recipe) -> Recipe:
     data = replace(recipe.data, lengths=(*LENGTHS, 16384, 32768), decoys=0.6, curriculum_steps=0)
     training = replace(recipe.training, learning_rate=5e-4, write_penalty=400.0)
     return replace(recipe, data=data, training=training)
+
+
+def _told(recipe: Recipe) -> Recipe:
+    """Without the price on all writing, which small steps for facts lower, too."""
+    return replace(recipe, training=replace(recipe.training, write_penalty=0.0, noise_penalty=1.0))
 
 
 def _on_babilong(recipe: Recipe, tasks: tuple[str, ...] = TASKS) -> Recipe:

@@ -18,7 +18,7 @@ from titans.data.sentences import SentenceTokens
 from titans.evaluation.babilong import TASKS, BabiStory, BabiTask, read_stories
 from titans.evaluation.needle import Draws, NeedleTask
 from titans.tasks.decoys import Decoys, rare
-from titans.tasks.needles import SPARE, Ids, NeedleRows, Piece
+from titans.tasks.needles import FACT, SPARE, NeedleRows, Piece, Row
 
 BABILONG: dict[str, BabiTask] = {f"babilong_{name}": task for name, task in TASKS.items()}
 
@@ -87,7 +87,7 @@ class BabiRows(NeedleRows):
             self.decoys = Decoys(sentences, rare(sentences, words), decoys, mined)
         self._shortest = {task: entries[0][0] + SPARE for task, entries in self._stories.items()}
 
-    def row(self, rng: random.Random, length: int) -> tuple[Ids, Ids]:
+    def row(self, rng: random.Random, length: int) -> Row:
         """As of `NeedleRows`; an answer ends with its full stop, after which it would not be looked at."""
         fitting = {
             task: number
@@ -145,7 +145,7 @@ class BabiRows(NeedleRows):
         for facts, questions in zip(told, asked, strict=True):
             for number, fact in enumerate(facts, 1):
                 start, end = next(starts), next(ends)
-                pieces.append(Piece(start, self._fact(fact)))
+                pieces.append(Piece(start, self._fact(fact), worth=FACT))
                 pieces += [
                     self._ask(story, rng.uniform(start, end))
                     for story in questions

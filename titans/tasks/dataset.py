@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,19 +14,19 @@ from torch.utils.data import Dataset
 from titans.data.sentences import SentenceTokens
 from titans.errors import UserError, unknown_name
 from titans.evaluation.needle import TASKS
-from titans.evaluation.recall import MQAR, TokenBatch
+from titans.evaluation.recall import MQAR
 from titans.evaluation.selective_copy import SelectiveCopy
 from titans.tasks.babi import BABILONG, BabiRows, training_chains
 from titans.tasks.decoys import Decoys, digits
 from titans.tasks.needles import NeedleRows
 from titans.tasks.settings import TOKEN_TASKS, TaskSettings
-from titans.training.data import TrainingData
+from titans.training.data import TrainingData, refuse_noise_penalty
 from titans.training.recipe import TrainingSettings
 
 _HELD_OUT = 0.05  # of the haystack's sentences and of the stories, the last of them, for validation
 
 # (index of the batch, rows, length, seed) -> batch
-Maker = Callable[[int, int, int, int], TokenBatch]
+Maker = Callable[[int, int, int, int], dict[str, Tensor]]
 
 
 class TaskBatches(Dataset[dict[str, Tensor]]):
@@ -51,7 +52,7 @@ class TaskBatches(Dataset[dict[str, Tensor]]):
             raise IndexError(f"batch {index} of {self.count}")
         length = self.length(index)
         rows = max(1, self.settings.tokens_per_batch // length)
-        return self.maker(index, rows, length, self.seed)._asdict()
+        return self.maker(index, rows, length, self.seed)
 
     def length(self, index: int) -> int:
         """Tokens of the rows of batch ``index``."""
@@ -64,17 +65,15 @@ class TaskBatches(Dataset[dict[str, Tensor]]):
 
 
 class RowMaker:
-    """Batches of rows of text, each of a task drawn for it."""
+    """Batches of rows of text, each of a task drawn for it; with ``worth`` also that, int8 [B, L]."""
 
-    def __init__(self, rows: NeedleRows):
-        self.rows = rows
+    def __init__(self, rows: NeedleRows, *, worth: bool = False):
+        self.rows, self.worth = rows, worth
 
-    def __call__(self, index: int, rows: int, length: int, seed: int) -> TokenBatch:
+    def __call__(self, index: int, rows: int, length: int, seed: int) -> dict[str, Tensor]:
         made = [self.rows.row(random.Random(f"{seed}/{index}/{row}"), length) for row in range(rows)]
-        ids, labels = (
-            torch.stack([torch.from_numpy(each) for each in part]) for part in zip(*made, strict=True)
-        )
-        return TokenBatch(ids, labels)
+        ids, labels, worth = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
+        return {"input_ids": ids, "labels": labels} | ({"worth": worth} if self.worth else {})
 
 
 class TokenMaker:
@@ -83,9 +82,9 @@ class TokenMaker:
     def __init__(self, settings: TaskSettings):
         self.settings = settings
 
-    def __call__(self, index: int, rows: int, length: int, seed: int) -> TokenBatch:
+    def __call__(self, index: int, rows: int, length: int, seed: int) -> dict[str, Tensor]:
         pairs = random.Random(f"pairs/{seed}/{index}").choice(self.pairs(length))
-        return self.task(length, pairs, seed).batch(index, rows)
+        return self.task(length, pairs, seed).batch(index, rows)._asdict()
 
     def pairs(self, length: int) -> list[int]:
         """The settings' numbers that fit into so many tokens, or the largest that does."""
@@ -121,6 +120,7 @@ def open_tasks(settings: TaskSettings, training: TrainingSettings) -> TrainingDa
             raise UserError(
                 f"data.tasks: {' and '.join(TOKEN_TASKS)} mix with no other, got {settings.tasks}"
             )
+        refuse_noise_penalty(training, settings.tasks[0])
         makers = TokenMaker(settings), TokenMaker(settings)
         tokenizer, vocab_size = None, settings.vocab_size
     else:
@@ -138,7 +138,7 @@ def open_tasks(settings: TaskSettings, training: TrainingSettings) -> TrainingDa
                     f"data.lengths: expected at least {each.shortest()} tokens for a row of these tasks, "
                     f"got {settings.lengths[0]}"
                 )
-        makers = RowMaker(rows[0]), RowMaker(rows[1])
+        makers = RowMaker(rows[0], worth=training.noise_penalty > 0), RowMaker(rows[1])
         tokenizer = sentences.tokenizer
         vocab_size = len(tokenizer)
     count = training.steps * training.gradient_accumulation_steps

@@ -7,17 +7,15 @@ another leg of its training (`titans.tasks.decoys`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from titans.data.sentences import SentenceTokens
-from titans.nn.memory import MemoryCore, MemoryWrite
+from titans.nn.metrics import WriteShares
 
 CONTEXT = 64  # tokens read before those of a piece that count
 
@@ -74,23 +72,6 @@ def mine(haystack: SentenceTokens, steps: npt.NDArray[np.float32], least: float)
 
 def _steps(model: PreTrainedModel, pieces: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """`[B, T]` of a batch `[B, T]`."""
-    memories = [module for module in model.modules() if isinstance(module, MemoryCore)]
-    seen: dict[MemoryCore, list[Tensor]] = {memory: [] for memory in memories}
-    for memory in memories:
-        memory.observer = partial(_observe, memory, seen[memory], len(pieces))
-    try:
+    with WriteShares(model) as shares:
         model(torch.from_numpy(pieces).to(model.device), logits_to_keep=1)
-    finally:
-        for memory in memories:
-            memory.observer = None
-    # Segments come one after the other, persistent tokens before the first.
-    shares = [torch.cat(parts, dim=1)[:, -pieces.shape[1] :] for parts in seen.values()]
-    return torch.stack(shares).amax(0).float().cpu().numpy()
-
-
-def _observe(memory: MemoryCore, seen: list[Tensor], rows: int, write: MemoryWrite) -> None:
-    theta = write.gates.theta
-    if theta.shape[0] != rows:  # persistent tokens, in one row for all
-        return
-    shares = [layer / bound for layer, bound in memory.gates.steps_and_bounds(theta)]
-    seen.append(torch.stack(shares).amax(0).amax(-1))
+    return torch.stack(shares.of_tokens(*pieces.shape)).amax((0, -1)).float().cpu().numpy()

@@ -12,7 +12,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,21 @@ Ids = npt.NDArray[np.int64]
 SPARE = 16
 
 
+FACT, BOOK = 1, -1
+
+
+class Row(NamedTuple):
+    """``ids`` and ``labels``, int64 [length]; labels are -100 but on the tokens of answers.
+
+    worth: int8 [length], `FACT` on the tokens of facts, `BOOK` on those of the haystack and of decoys,
+        0 on instructions, questions and answers.
+    """
+
+    ids: Ids
+    labels: Ids
+    worth: npt.NDArray[np.int8]
+
+
 @dataclass(frozen=True)
 class Piece:
     """Something that stands between two sentences of the haystack, at ``depth`` of it (0 to 1)."""
@@ -36,6 +51,7 @@ class Piece:
     ids: list[int]
     first: int = 0  # the answer's tokens are ids[first:last]
     last: int = 0
+    worth: int = 0
 
 
 class NeedleRows:
@@ -77,8 +93,8 @@ class NeedleRows:
         """Tokens that the shortest task needs."""
         return min(self._shortest.values())
 
-    def row(self, rng: random.Random, length: int) -> tuple[Ids, Ids]:
-        """``input_ids`` and ``labels``, int64 [length] each; labels are -100 but on the tokens of answers."""
+    def row(self, rng: random.Random, length: int) -> Row:
+        """A row of exactly ``length`` tokens."""
         fitting = [task for task in self.tasks if self._shortest[task] <= length]
         if not fitting:
             raise ValueError(
@@ -109,7 +125,7 @@ class NeedleRows:
             key = draws.key()
             values[key] = sorted((rng.random(), draws.value()) for _ in range(task.values))
             return [
-                Piece(depth, self._unit(task, needle_sentence(task, key, value)))
+                Piece(depth, self._unit(task, needle_sentence(task, key, value)), worth=FACT)
                 for depth, value in values[key]
             ]
 
@@ -154,7 +170,8 @@ class NeedleRows:
         """Decoys anywhere among the pieces, and the room that is left."""
         if self.decoys is None:
             return pieces, room
-        found = [Piece(rng.random(), ids) for ids in self.decoys.draw(rng, room - SPARE, value)]
+        drawn = self.decoys.draw(rng, room - SPARE, value)
+        found = [Piece(rng.random(), ids, worth=BOOK) for ids in drawn]
         left = room - sum(len(piece.ids) for piece in found)
         return sorted([*pieces, *found], key=lambda piece: piece.depth), left
 
@@ -186,22 +203,24 @@ class NeedleRows:
         pieces: list[Piece],
         final: list[Piece],
         room: int,
-    ) -> tuple[Ids, Ids]:
+    ) -> Row:
         hay, bounds = self._haystack(rng, draws, task, length, room - SPARE)
         parts: list[Any] = [start]
+        worth = np.zeros(length, dtype=np.int8)
         answers: list[tuple[int, int]] = []
         at, cursor = len(start), 0
 
-        def add(ids: Any) -> None:
+        def add(ids: Any, of_worth: int = BOOK) -> None:
             nonlocal at
             if at == len(start) and task.haystack == "essay":
                 ids = self._first(ids)
             parts.append(ids)
+            worth[at : at + len(ids)] = of_worth
             at += len(ids)
 
         def add_piece(piece: Piece) -> None:
             answers.append((at + piece.first, at + piece.last))
-            add(piece.ids)
+            add(piece.ids, piece.worth)
 
         whole = bounds[-1]
         for piece in pieces:
@@ -226,7 +245,7 @@ class NeedleRows:
         labels = np.full(length, IGNORED, dtype=np.int64)
         for first, last in answers:
             labels[first:last] = ids[first:last]
-        return ids, labels
+        return Row(ids, labels, worth)
 
     def _first(self, ids: Any) -> list[int]:
         """What a sentence with a space before it is after a line break instead."""

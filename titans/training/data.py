@@ -41,12 +41,22 @@ def open_data(recipe: Recipe) -> TrainingData:
     return recipe.data.open(recipe.training)
 
 
+def refuse_noise_penalty(training: TrainingSettings, data: object) -> None:
+    """Raise a UserError where the data does not say which tokens are noise, and that is to have a price."""
+    if training.noise_penalty:
+        raise UserError(
+            f"training.noise_penalty: expected 0 for {data}, which does not say what is noise, "
+            f"got {training.noise_penalty}"
+        )
+
+
 def open_shards(settings: DataSettings, training: TrainingSettings) -> TrainingData:
     """Open the token shards that ``settings`` name.
 
     Raises:
         UserError: the folder is missing or damaged, or holds fewer tokens than one sequence.
     """
+    refuse_noise_penalty(training, settings.folder)
     train = TokenShards(settings.folder)
     validation: Dataset[Any] | None = None
     # A validation split shorter than one sequence would be no measure: it is shortened to fit, not refused.

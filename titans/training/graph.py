@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from titans.nn.cuda_graph import record
 
 Inputs = dict[str, Tensor]
-Outputs = tuple[Tensor | None, ...]
+Outputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,9 @@ class GraphedStep:
 
     def _run(self, inputs: Inputs) -> Outputs:
         outputs = self._step(dict(inputs))
-        assert outputs[0] is not None
         gradients = torch.autograd.grad(
             outputs[0], self._parameters, allow_unused=True, materialize_grads=True
         )
         for place, gradient in zip(self._gradients, gradients, strict=True):
             place.copy_(gradient)
-        return tuple(None if output is None else output.detach() for output in outputs)
+        return tuple(output.detach() for output in outputs)

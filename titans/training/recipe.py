@@ -159,6 +159,10 @@ class TrainingSettings:
     write_penalty: float = 0.0
     """Weight in the loss of the mean step of all tokens over the largest one: tokens that hold nothing to be
     remembered learn to write nothing. Grows from 0 at a quarter of the run to this at its half."""
+    noise_penalty: float = 0.0
+    """Weight in the loss of the share of all writing that is spent on noise, from the first step on: for data
+    that says which tokens are noise (rows of needle and BABILong tasks). Shrinking every step lowers the
+    write penalty, but not this."""
     precision: Precision = "fp32"
     """bf16: matrix products in bfloat16 (autocast); parameters, gates and memory stay fp32."""
     gradient_checkpointing: bool = False
@@ -195,6 +199,7 @@ class TrainingSettings:
             "warmup_steps",
             "weight_decay",
             "write_penalty",
+            "noise_penalty",
             "max_skipped_steps",
             "num_workers",
             "seed",

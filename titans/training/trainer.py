@@ -146,7 +146,7 @@ class TitansTrainer(Trainer):
         self._last_loss: torch.Tensor | None = None
         self._memory_metrics_every = memory_metrics_every
         self._memory_metrics: dict[str, float] = {}
-        self._write_share: torch.Tensor | None = None
+        self._shares: dict[str, torch.Tensor] = {}  # of writing, that have a price
         self._skipped = skipped
         self._clock = time.perf_counter()
         self._tokens_at_clock = 0
@@ -220,13 +220,13 @@ class TitansTrainer(Trainer):
             inputs = self._with_answers(inputs, multiple=max(inputs["input_ids"].numel() // 4, 1))
         elif num_items_in_batch is not None:
             inputs["items"] = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        loss, self._write_share = self._graphs(inputs)
-        assert loss is not None
+        loss, *shares = self._graphs(inputs)
+        self._shares = dict(zip(self._shares, shares, strict=True))
         return loss.clone()  # the Trainer keeps it beyond the next step
 
-    def _recordable_step(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _recordable_step(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         loss = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=inputs.pop("items", None))
-        return loss, self._write_share
+        return loss, *self._shares.values()
 
     def compute_loss(
         self,
@@ -238,7 +238,10 @@ class TitansTrainer(Trainer):
         """In training: the loss on answers alone where there are answers, and what writing costs."""
         if return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with WriteShares(model) if self._settings.write_penalty else contextlib.nullcontext() as shares:
+        worth = inputs.pop("worth", None)
+        settings = self._settings
+        priced = settings.write_penalty or settings.noise_penalty
+        with WriteShares(model) if priced else contextlib.nullcontext() as shares:
             if self._answers and self.args.world_size == 1:  # several processes must go through the wrapper
                 loss = self._answer_loss(self.accelerator.unwrap_model(model), self._with_answers(inputs))
             else:
@@ -246,7 +249,11 @@ class TitansTrainer(Trainer):
         if shares is not None:
             share = shares.mean()
             loss = loss + self._price * share
-            self._write_share = share.detach()  # not the autograd graph with it
+            self._shares = {"write_share": share.detach()}  # not the autograd graph with it
+            if worth is not None:
+                share = shares.of_noise(worth)
+                loss = loss + settings.noise_penalty * share
+                self._shares["noise_share"] = share.detach()
         return loss
 
     @staticmethod
@@ -255,7 +262,8 @@ class TitansTrainer(Trainer):
         if "places" in inputs:
             return inputs
         places, targets = select_answers(inputs["labels"], multiple)
-        return {"input_ids": inputs["input_ids"], "places": places, "targets": targets}
+        others = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        return others | {"places": places, "targets": targets}
 
     def _answer_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """The model's loss without the logits of all the tokens that nothing is asked at."""
@@ -325,8 +333,7 @@ class TitansTrainer(Trainer):
             logs |= self._memory_metrics
             if self._skipped:
                 logs[SKIPPED] = self._skipped
-            if self._write_share is not None:
-                logs["write_share"] = self._write_share.item()
+            logs |= {name: share.item() for name, share in self._shares.items()}
             self._memory_metrics = {}
             seconds = time.perf_counter() - self._clock
             logs["tokens_per_second"] = round((seen - self._tokens_at_clock) / seconds, 1)
