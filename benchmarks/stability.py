@@ -10,8 +10,8 @@ Beside the variants: the memory at depth 1 and 4, chunks of 64, bfloat16 autocas
 bound on the inner step is moved (by default 0.1, 0.5, 0.1 and 0.02 at depth 1 to 4). A row that diverges is
 a result, too. Batches hold two sequences, so that a row takes minutes on one core. (Not a `bench_*.py`: those
 take seconds a row.) The matrix: every variant with a memory, depth 1 to 4, chunk 16 and 64, fp32 and bf16,
-heads of 64, which the kernels of two layers need. On a GPU those take depth 1 and 2 in bf16 ("auto" leaves
-fp32 and deeper memories to the chunked path). Rows are spread over all GPUs and trained in
+heads of 64, which the kernels of two layers need. On a GPU those take depth 1 and 2, fp32, too (which "auto"
+leaves to the chunked path, as it does deeper memories). Rows are spread over all GPUs and trained in
 `runs/OUT/COMMIT/ROW`; a row that was cut off goes on from its checkpoint there.
 """
 
@@ -76,7 +76,7 @@ class Options:
     """steps: of training, each of two sequences. matrix: its rows. only: names of rows. jobs: rows at a time;
     threads: of PyTorch in each. commit: of the code, where git cannot tell. seconds: after which rows end
     with the step that they are in. resume: keep the rows of the file that have ended by themselves. cpu_jobs:
-    rows at a time beside those that have no kernels on a GPU (fp32, depth 3 and 4), without one: bound by
+    rows at a time beside those that have no kernels on a GPU (depth 3 and 4), without one: bound by
     launches, a step of the chunked path takes as long on a core, and cores are many."""
 
     steps: int = 500
@@ -96,12 +96,14 @@ def run_row(name: str, steps: int, threads: int, folder: Path, sequence_length: 
     """Train one row in this process on the shards in `folder`/data, and report its losses and norms."""
     import torch
     from rich.console import Console
+    from transformers import set_seed
 
+    from titans.nn.memory import MemoryCore
     from titans.recipes import load_recipe
     from titans.training.callbacks import LOG_NAME, read_log
     from titans.training.data import open_data
     from titans.training.recipe import DataSettings
-    from titans.training.run import train
+    from titans.training.run import build_model, train
 
     torch.set_num_threads(threads)
     model, training = (ROWS | MATRIX)[name]
@@ -124,7 +126,15 @@ def run_row(name: str, steps: int, threads: int, folder: Path, sequence_length: 
         ),
         logging=replace(recipe.logging, memory_metrics_every=max(steps // POINTS, 1)),
     )
-    result = train(recipe, open_data(recipe), out, console=Console(quiet=True))
+    data = open_data(recipe)
+    set_seed(recipe.training.seed)
+    built = build_model(recipe, data)
+    on_kernels = torch.cuda.is_available() and has_kernels(name)
+    if on_kernels:
+        for module in built.modules():
+            if isinstance(module, MemoryCore):
+                module.impl = "triton"
+    result = train(recipe, data, out, console=Console(quiet=True), model=built)
     log = read_log(out / LOG_NAME)
     norms = series(log, "grad_norm")
     values = sorted(value for _, value in norms)
@@ -133,6 +143,7 @@ def run_row(name: str, steps: int, threads: int, folder: Path, sequence_length: 
         "row": name,
         "recipe": recipe.to_dict() | {"data": None},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "kernels": on_kernels,
         "ending": result.ending,
         "message": result.message,
         "steps": result.step,
@@ -190,9 +201,8 @@ def launch(name: str, options: Options, folder: Path, gpu: str | None, until: fl
 
 
 def has_kernels(name: str) -> bool:
-    """Whether "auto" takes the fused kernels on a GPU (`titans.ops.kernels.support`): two layers, bf16."""
-    model, training = (ROWS | MATRIX)[name]
-    return model.get("memory_depth", 2) <= 2 and training.get("precision") == "bf16"
+    """Whether a row of the matrix is trained on the fused kernels on a GPU: one layer or two."""
+    return name in MATRIX and MATRIX[name][0]["memory_depth"] <= 2
 
 
 def kept(session: Session) -> dict[str, dict[str, Any]]:

@@ -117,6 +117,16 @@ def needle_mag_f256_second() -> Recipe:
     return replace(recipe, data=data, training=replace(recipe.training, learning_rate=5e-4))
 
 
+def needle_mag_f256_told() -> Recipe:
+    """A leg from the beginning, with those, that is told what is noise, with no other price on writing."""
+    return _told(needle_mag_f256())
+
+
+def needle_mac_f256_told() -> Recipe:
+    """The same with needle_mac_f256_token."""
+    return _told(needle_mac_f256_token())
+
+
 def needle_mal() -> Recipe:
     """Memory as a layer below attention with a window of 256."""
     return with_model(needle_lmm(), **_hybrid("mal"))
@@ -150,6 +160,12 @@ def needle_sliding() -> Recipe:
 def _hybrid(variant: str) -> dict[str, object]:
     width = {"mag": 416, "mal": 328, "mac": 328}[variant]
     return {"variant": variant, "window_size": WINDOW, "segment_size": WINDOW, "intermediate_size": width}
+
+
+def _told(recipe: Recipe) -> Recipe:
+    assert isinstance(recipe.data, TaskSettings)
+    training = replace(recipe.training, write_penalty=0.0, noise_penalty=1.0)
+    return replace(recipe, data=replace(recipe.data, decoys=0.3), training=training)
 
 
 def _seen(recipe: Recipe) -> Recipe:
