@@ -10,8 +10,8 @@ Beside the variants: the memory at depth 1 and 4, chunks of 64, bfloat16 autocas
 bound on the inner step is moved (by default 0.1, 0.5, 0.1 and 0.02 at depth 1 to 4). A row that diverges is
 a result, too. Batches hold two sequences, so that a row takes minutes on one core. (Not a `bench_*.py`: those
 take seconds a row.) The matrix: every variant with a memory, depth 1 to 4, chunk 16 and 64, fp32 and bf16,
-heads of 64, which the kernels of two layers need. On a GPU those take depth 1 and 2, fp32, too (which "auto"
-leaves to the chunked path, as it does deeper memories). Rows are spread over all GPUs and trained in
+heads of 64, which the kernels of two layers need. On a GPU those take depth 1 and 2, in chunks of 16 fp32,
+too (which "auto" leaves to the chunked path, as it does deeper memories). Rows are spread over all GPUs and trained in
 `runs/OUT/COMMIT/ROW`; a row that was cut off goes on from its checkpoint there.
 """
 
@@ -76,7 +76,7 @@ class Options:
     """steps: of training, each of two sequences. matrix: its rows. only: names of rows. jobs: rows at a time;
     threads: of PyTorch in each. commit: of the code, where git cannot tell. seconds: after which rows end
     with the step that they are in. resume: keep the rows of the file that have ended by themselves. cpu_jobs:
-    rows at a time beside those that have no kernels on a GPU (depth 3 and 4), without one: bound by
+    rows at a time beside those that train without kernels on a GPU, without one: bound by
     launches, a step of the chunked path takes as long on a core, and cores are many."""
 
     steps: int = 500
@@ -201,8 +201,14 @@ def launch(name: str, options: Options, folder: Path, gpu: str | None, until: fl
 
 
 def has_kernels(name: str) -> bool:
-    """Whether a row of the matrix is trained on the fused kernels on a GPU: one layer or two."""
-    return name in MATRIX and MATRIX[name][0]["memory_depth"] <= 2
+    """Whether a row of the matrix is trained on the fused kernels on a GPU: one layer or two, bf16 or chunk 16.
+
+    In fp32 and chunks of 64 they spill so much that a step takes longer than on the chunked path.
+    """
+    if name not in MATRIX:
+        return False
+    model, training = MATRIX[name]
+    return model["memory_depth"] <= 2 and (training["precision"] == "bf16" or model["chunk_size"] == 16)
 
 
 def kept(session: Session) -> dict[str, dict[str, Any]]:

@@ -238,11 +238,11 @@ def test_options_of_the_benchmark_reach_its_processes_as_they_were_given(recall)
 
 
 def test_runs_are_named_by_pattern_and_by_seed(recall):
-    runs = recall.named(("needle_mag@3", "babilong_qa1_mag_f256*", "mine.py:recipe"), (0, 1))
-    qa1, second = "babilong_qa1_mag_f256", "babilong_qa1_mag_f256_second"
+    runs = recall.named(("needle_mag@3", "babilong_qa1_mag_f256_*", "mine.py:recipe"), (0, 1))
+    second, told = "babilong_qa1_mag_f256_second", "babilong_qa1_mag_f256_told"
     assert runs == [
-        *((qa1, 0), (second, 0), ("mine.py:recipe", 0)),
-        *((qa1, 1), (second, 1), ("mine.py:recipe", 1)),
+        *((second, 0), (told, 0), ("mine.py:recipe", 0)),
+        *((second, 1), (told, 1), ("mine.py:recipe", 1)),
         ("needle_mag", 3),
     ]
 
