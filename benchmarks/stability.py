@@ -11,8 +11,8 @@ bound on the inner step is moved (by default 0.1, 0.5, 0.1 and 0.02 at depth 1 t
 a result, too. Batches hold two sequences, so that a row takes minutes on one core. (Not a `bench_*.py`: those
 take seconds a row.) The matrix: every variant with a memory, depth 1 to 4, chunk 16 and 64, fp32 and bf16,
 heads of 64, which the kernels of two layers need. On a GPU those take depth 1 and 2, in chunks of 16 fp32,
-too (which "auto" leaves to the chunked path, as it does deeper memories). Rows are spread over all GPUs and trained in
-`runs/OUT/COMMIT/ROW`; a row that was cut off goes on from its checkpoint there.
+too (which "auto" leaves to the chunked path, as it does deeper memories). Rows are spread over all GPUs and
+trained in `runs/OUT/COMMIT/ROW`; a row that was cut off goes on from its checkpoint there.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def launch(name: str, options: Options, folder: Path, gpu: str | None, until: fl
 
 
 def has_kernels(name: str) -> bool:
-    """Whether a row of the matrix is trained on the fused kernels on a GPU: one layer or two, bf16 or chunk 16.
+    """Whether a row of the matrix trains on the fused kernels on a GPU: one layer or two, bf16 or chunk 16.
 
     In fp32 and chunks of 64 they spill so much that a step takes longer than on the chunked path.
     """
