@@ -127,8 +127,8 @@ def stability(record: dict[str, Any]) -> str:
     title = {
         "stability": "## Does the recipe train?",
         "stability_matrix": "## The bound on the inner step",
-        "stability_gpu": "## What trains on the kernels: bf16, depth 1 and 2",
-        "stability_chunked": "## What has no kernels: fp32, depth 3 and 4",
+        "stability_gpu": "## What trains on the kernels: depth 1 and 2",
+        "stability_chunked": "## What trains on the chunked path: depth 3 and 4, fp32 in chunks of 64",
     }[record["name"]]
     length = record["options"].get("sequence_length", 256)
     about = (
@@ -409,6 +409,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ops_gpu.json": ops_on_a_gpu,
     "models_gpu_h100.json": lambda record: models_on_a_gpu(record, ", an H100"),
     "models_gpu_h100_windows.json": lambda record: models_on_a_gpu(record, ", an H100: mal and windows"),
+    "models_gpu_h100_chunk16.json": lambda record: models_on_a_gpu(record, ", an H100: chunks of 16"),
     "models_gpu.json": models_on_a_gpu,
     "models_gpu_uncompiled.json": lambda record: models_on_a_gpu(
         record, ", those with a memory not compiled"
@@ -453,6 +454,8 @@ def results() -> dict[str, dict[str, Any]]:
             ]
             for part in parts:
                 record["rows"] += part["rows"]
+                if table := part["summary"].get("table"):
+                    record["summary"]["table"] += table
             found[file] = record
     return found
 
