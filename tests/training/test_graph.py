@@ -10,6 +10,7 @@ import torch
 
 from tests.tasks.test_experiment import figures, tiny_recipe
 from titans.errors import UserError
+from titans.models import TitansForCausalLM
 from titans.training import graph, trainer
 from titans.training.data import open_data
 from titans.training.recipe import Recipe, TrainingSettings
@@ -68,6 +69,23 @@ def test_a_step_that_is_left_out_changes_nothing(tmp_path, replays, monkeypatch)
     evaluations = [record["eval_loss"] for record in figures(tmp_path / "out") if "eval_loss" in record]
     assert len(evaluations) == 2
     assert evaluations[0] == evaluations[1]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_take_the_same_steps(tmp_path, monkeypatch):
+    """By Dynamo alone: the compiler behind it takes a minute."""
+    recipe = tiny_recipe(tmp_path, steps=3)
+    plain = logs(recipe, tmp_path / "plain")
+    asked = []
+
+    def compile_blocks(model: TitansForCausalLM) -> None:
+        asked.append(model)
+        whole(model, backend="eager")
+
+    whole = TitansForCausalLM.compile_blocks
+    monkeypatch.setattr(TitansForCausalLM, "compile_blocks", compile_blocks)
+    assert_alike(plain, logs(recipe, tmp_path / "compiled", compile=True), 1e-5)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,7 @@ class TrainingStep:
             self.model = TitansForCausalLM(config)
         self.model.train()
         if self.compiled:
-            # Block by block: they are alike, so one is compiled, not 24. Shapes are few: each by itself.
-            for layer in self.model.model.layers:
-                layer.compile(dynamic=False)
+            self.model.compile_blocks()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def _settle(self) -> None:

@@ -13,9 +13,10 @@ With `memory_input="token"` k, v and q' are those of x_i, and the gates see x_i 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,12 @@ class MacMixer(nn.Module):
         self.attention_norm = RMSNorm(size, config.rms_norm_eps)
         self.memory_norm = RMSNorm(size, config.rms_norm_eps)
         self.o_proj = nn.Linear(size, size, bias=False)
+        # Not bound to this module: a copy of the module must not take the steps of the original.
+        self._run_step: Callable[..., tuple[Tensor, Tensor, MacState]] = MacMixer._step
+
+    def compile_step(self, **options: Any) -> None:
+        """torch.compile for the step of a segment, which is the same graph for all but the first."""
+        self._run_step = torch.compile(MacMixer._step, **options)
 
     def initial_state(self, batch: int) -> MacState:
         memory = self.memory.initial_state(batch)
@@ -134,7 +141,7 @@ class MacMixer(nn.Module):
         steps = _steps(x.shape[1], state.segment.offsets, rows, self.segment_size)
         pieces = zip(*(_cut(each, steps) for each in (x, queries, entries, *recall)), strict=True)
         for step, (token, asking, entering, *recalling) in zip(steps, pieces, strict=True):
-            y, m, state = self._step(token, asking, entering, recalling, state, step.rows)
+            y, m, state = self._run_step(self, token, asking, entering, recalling, state, step.rows)
             attended.append(y)
             memories.append(m)
         y, m = _join(attended, steps), _join(memories, steps)

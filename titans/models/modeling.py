@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple, logging
 from titans.models.cache import TitansCache
 from titans.models.configuration import TitansConfig
 from titans.models.layout import Layout
+from titans.models.mac import MacMixer
 from titans.models.mixers import build_mixer
 from titans.nn import (
     InitialMemory,
@@ -48,6 +49,14 @@ class TitansBlock(GradientCheckpointingLayer):
         hidden = hidden + mixed
         return hidden + self.mlp(self.mlp_norm(hidden)), state if keep_state else None
 
+    def compile_parts(self, **options: Any) -> None:
+        """torch.compile for the block; of MAC, whose loop over segments the compiler unrolls, for its body."""
+        if isinstance(self.mixer, MacMixer):
+            self.mixer.compile_step(**options)
+            self.mlp.compile(**options)
+        else:
+            self.compile(**options)
+
 
 class TitansPreTrainedModel(PreTrainedModel):
     config: TitansConfig
@@ -59,6 +68,15 @@ class TitansPreTrainedModel(PreTrainedModel):
     # Loaded in fp32 even with dtype=bfloat16; `FullPrecision` keeps them there afterwards.
     _keep_in_fp32_modules_strict = ["memory.gates", "memory.initial"]  # noqa: RUF012
     _is_stateful = True  # what has been read cannot be unread: no assisted decoding
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile, block by block: they are alike, so what is compiled is one, not all of them.
+
+        options: torch.compile's; by default shapes are taken as they come (``dynamic=False``).
+        """
+        for module in self.modules():
+            if isinstance(module, TitansBlock):
+                module.compile_parts(**{"dynamic": False} | options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -168,7 +168,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile the model."""
+    """torch.compile the model, block by block."""
     cuda_graph: bool = False
     """On a GPU: record forward and backward once for every length of rows, and replay them: small models wait
     for launches. Batches of several documents a row are taken without. Not with compile,

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import safetensors
 from rich.console import Console
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from titans.errors import UserError
+from titans.models import TitansForCausalLM
 from titans.training.callbacks import GracefulStop, JsonLinesLog, TerminalProgress, stop_on_signals
 from titans.training.checkpoints import (
     SKIPPED,
@@ -55,7 +56,7 @@ def train(
     *,
     resume: str = "auto",
     console: Console | None = None,
-    model: PreTrainedModel | None = None,
+    model: TitansForCausalLM | None = None,
 ) -> TrainingResult:
     """Train ``recipe`` on ``data``, writing checkpoints and ``log.jsonl`` to the folder ``out``.
 
@@ -127,10 +128,8 @@ def train(
     )
 
 
-def build_model(recipe: Recipe, data: TrainingData) -> PreTrainedModel:
+def build_model(recipe: Recipe, data: TrainingData) -> TitansForCausalLM:
     """The recipe's model for the data's vocabulary, freshly initialised from the global random state."""
-    from titans.models import TitansForCausalLM
-
     config = recipe.model.build(
         data.vocab_size,
         bos_token_id=getattr(data.tokenizer, "bos_token_id", None),

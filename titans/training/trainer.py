@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from titans.errors import UserError
+from titans.models import TitansForCausalLM
 from titans.nn.cuda_graph import can_record
 from titans.nn.metrics import MemoryMetrics, WriteShares
 from titans.training.answers import right_answers, select_answers
@@ -82,7 +83,6 @@ def training_arguments(settings: TrainingSettings, out: Path, *, evaluate: bool)
         use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        torch_compile=settings.compile,
         seed=settings.seed,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=settings.eval_every,
@@ -125,7 +125,7 @@ class TitansTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: TitansForCausalLM,
         *,
         settings: TrainingSettings,
         out: Path,
@@ -152,6 +152,8 @@ class TitansTrainer(Trainer):
         self._tokens_at_clock = 0
         self._staging: Path | None = None
         self._graphs: GraphedStep | None = None
+        if settings.compile:
+            model.compile_blocks()
         super().__init__(
             model=model,
             args=training_arguments(settings, out, evaluate=eval_dataset is not None),
