@@ -42,13 +42,14 @@ def plot_babilong(record: Row, figure: Any) -> None:
     models = list(dict.fromkeys(model for model, _, _ in found))
     lengths = sorted({length for _, _, length in found})
     tasks = {task: short for task, short in BABILONG.items() if any(task == each for _, each, _ in found)}
-    figure.set_size_inches(3.4 * max(len(tasks), 2), 3.6)
+    figure.set_size_inches(3.4 * max(len(tasks), 2), 4.6)
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for axes, (task, short) in zip(panels, tasks.items(), strict=True):
         _lines({model: {n: found.get((model, task, n)) for n in lengths} for model in models}, axes)
         axes.set(title=short)
     panels[0].set(ylabel="% answered")
-    panels[0].legend(fontsize="small")
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=6, fontsize="small")
 
 
 def plot_mqar(record: Row, figure: Any) -> None:
@@ -73,11 +74,15 @@ def plot_mqar(record: Row, figure: Any) -> None:
 def _lines(by_model: dict[str, dict[int, BySeed | None]], axes: Any) -> None:
     """The mean over seeds by length, between the lowest and the highest."""
     lengths: set[int] = set()
-    for model, by_length in by_model.items():
+    for number, (model, by_length) in enumerate(by_model.items()):
         there = {length: spread(by_seed.values()) for length, by_seed in by_length.items() if by_seed}
         if there:
             lows, means, highs = zip(*there.values(), strict=True)
-            (line,) = axes.plot(list(there), means, marker="o", markersize=3, label=short_name(model))
+            # A model's own in every panel; colours alone would not tell more than ten apart.
+            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+            (line,) = axes.plot(
+                list(there), means, marker="o", markersize=3, label=short_name(model), **style
+            )
             axes.fill_between(list(there), lows, highs, color=line.get_color(), alpha=0.15)
         lengths |= set(there)
     axes.set_xscale("log", base=2)

@@ -107,7 +107,7 @@ def _one_block(plan: Plan, job: Job) -> Job:
 
 
 def _without_slow_compilers(session: Session, plan: Plan, jobs: Sequence[Job]) -> list[Job]:
-    """What took the compilers too long is not compiled: mac unrolls its segments, 137 s at 8,192 tokens."""
+    """What took the compilers too long is not compiled."""
     slow = [row["settings"] for row in session.compiled if row.get("error", "").startswith(TOO_LONG)]
     return [
         replace(job, settings=job.settings | {"compiled": False})

@@ -50,7 +50,7 @@ class TitansBlock(GradientCheckpointingLayer):
         return hidden + self.mlp(self.mlp_norm(hidden)), state if keep_state else None
 
     def compile_parts(self, **options: Any) -> None:
-        """torch.compile for the block; of MAC, whose loop over segments the compiler unrolls, for its body."""
+        """torch.compile for the block; of MAC, whose loop over segments it unrolls, for its body."""
         if isinstance(self.mixer, MacMixer):
             self.mixer.compile_step(**options)
             self.mlp.compile(**options)
