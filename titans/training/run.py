@@ -36,7 +36,7 @@ _FIXED = (
     *("model.", "data."),
     *("training.seed", "training.batch_size", "training.gradient_accumulation_steps"),
 )
-_WHERE = ("data.folder", "data.haystack", "data.babi")  # the same files may lie elsewhere
+_WHERE = ("data.folder", "data.haystack", "data.babi", "data.mined")  # the same files may lie elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
