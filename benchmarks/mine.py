@@ -59,11 +59,10 @@ def main(options: Options) -> None:
     with Progress() as progress:
         bar = progress.add_task("reading", total=len(ids))
         steps = largest_steps(model, ids, progress=lambda read: progress.update(bar, completed=read))
-    if not (steps > options.least).any():
-        sys.exit(
-            f"--least {options.least}: of {len(ids):,} tokens none has a larger step than {steps.max():.2g}"
-        )
-    mined = mine(haystack, steps, options.least)
+    try:
+        mined = mine(haystack, steps, options.least)
+    except ValueError as error:
+        sys.exit(f"--{error}")
     mined.save(options.out)
     print(
         f"{len(ids):,} tokens read, {int((steps > options.least).sum()):,} written, "

@@ -9,7 +9,14 @@ nothing.
 from dataclasses import replace
 from pathlib import Path
 
-from titans.recipes.needle import needle_lmm, needle_mag, needle_mag_f256, needle_sliding, with_model
+from titans.recipes.needle import (
+    needle_lmm,
+    needle_mag,
+    needle_mag_f256,
+    needle_sliding,
+    told,
+    with_model,
+)
 from titans.tasks.settings import TaskSettings
 from titans.training.recipe import Recipe
 
@@ -56,7 +63,7 @@ def babilong_qa1_mag_f256_second() -> Recipe:
 
 def babilong_qa1_mag_f256_told() -> Recipe:
     """A leg like the second that is told what is noise: a price on the share of writing spent on it."""
-    return _told(babilong_qa1_mag_f256_second())
+    return told(babilong_qa1_mag_f256_second())
 
 
 def babilong_mag_f256_second() -> Recipe:
@@ -66,7 +73,7 @@ def babilong_mag_f256_second() -> Recipe:
 
 def babilong_mag_f256_told() -> Recipe:
     """The leg that is told what is noise on qa1 to qa5 together."""
-    return _told(babilong_mag_f256_second())
+    return told(babilong_mag_f256_second())
 
 
 def _second(recipe: Recipe) -> Recipe:
@@ -74,11 +81,6 @@ def _second(recipe: Recipe) -> Recipe:
     data = replace(recipe.data, lengths=(*LENGTHS, 16384, 32768), decoys=0.6, curriculum_steps=0)
     training = replace(recipe.training, learning_rate=5e-4, write_penalty=400.0)
     return replace(recipe, data=data, training=training)
-
-
-def _told(recipe: Recipe) -> Recipe:
-    """Without the price on all writing, which small steps for facts lower, too."""
-    return replace(recipe, training=replace(recipe.training, write_penalty=0.0, noise_penalty=1.0))
 
 
 def _on_babilong(recipe: Recipe, tasks: tuple[str, ...] = TASKS) -> Recipe:

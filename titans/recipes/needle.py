@@ -11,6 +11,7 @@ before it, and in one UUID of eight three characters come again.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from titans.tasks.settings import TaskSettings
 from titans.training.recipe import ModelSettings, Recipe, TrainingSettings
@@ -111,20 +112,18 @@ def needle_mag_f256() -> Recipe:
 
 def needle_mag_f256_second() -> Recipe:
     """A second leg from its weights, among sentences with numbers, of which a memory must write nothing."""
-    recipe = needle_mag_f256()
-    assert isinstance(recipe.data, TaskSettings)
-    data = replace(recipe.data, decoys=0.3, curriculum_steps=0)
-    return replace(recipe, data=data, training=replace(recipe.training, learning_rate=5e-4))
+    recipe = _among_decoys(needle_mag_f256(), curriculum_steps=0)
+    return replace(recipe, training=replace(recipe.training, learning_rate=5e-4))
 
 
 def needle_mag_f256_told() -> Recipe:
     """A leg from the beginning, with those, that is told what is noise, with no other price on writing."""
-    return _told(needle_mag_f256())
+    return told(_among_decoys(needle_mag_f256()))
 
 
 def needle_mac_f256_told() -> Recipe:
     """The same with needle_mac_f256_token."""
-    return _told(needle_mac_f256_token())
+    return told(_among_decoys(needle_mac_f256_token()))
 
 
 def needle_mal() -> Recipe:
@@ -162,10 +161,14 @@ def _hybrid(variant: str) -> dict[str, object]:
     return {"variant": variant, "window_size": WINDOW, "segment_size": WINDOW, "intermediate_size": width}
 
 
-def _told(recipe: Recipe) -> Recipe:
+def _among_decoys(recipe: Recipe, **changes: Any) -> Recipe:
     assert isinstance(recipe.data, TaskSettings)
-    training = replace(recipe.training, write_penalty=0.0, noise_penalty=1.0)
-    return replace(recipe, data=replace(recipe.data, decoys=0.3), training=training)
+    return replace(recipe, data=replace(recipe.data, decoys=0.3, **changes))
+
+
+def told(recipe: Recipe) -> Recipe:
+    """With a price on noise in place of that on all writing, which small steps for facts lower, too."""
+    return replace(recipe, training=replace(recipe.training, write_penalty=0.0, noise_penalty=1.0))
 
 
 def _seen(recipe: Recipe) -> Recipe:
