@@ -131,6 +131,7 @@ def _configuration(kernel: Any, launch: Launch, dtype: str, sizes: dict[str, int
         "EXACT": exact,
         "KEEP": True,
         "AGAIN": False,
+        "AHEAD": True,
         "PRECISION": "ieee" if exact else "tf32",
         "ACT": "gelu",
     }

@@ -60,6 +60,17 @@ def chunks_of_segment(base, low, high, stride, group_start, segment, number):
 
 
 @triton.jit
+def fetch_lines(tile, rows, stride, WIDTH: tl.constexpr):
+    """Asks for rows of WIDTH numbers, `stride` numbers apart, to be brought into the L2 cache."""
+    LINE: tl.constexpr = 1024 // tile.dtype.element_ty.primitive_bitwidth
+    lines = tl.arange(0, max(WIDTH // LINE, 1)) * LINE
+    addresses = (tile + (rows[:, None] * stride + lines[None, :])).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def matmul(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
@@ -219,24 +230,32 @@ def normalize_backward(grad, normed, rstd, D: tl.constexpr):
 
 
 @triton.jit
-def sum_of_parts(tile_CD, buffer, arrived, part, turn, PARTS: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """The sum over the PARTS programs of a head, the same bits in each: always added in the same order.
+def share_part(tile_CD, buffer, arrived, part, turn, PARTS: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Hands a program's part of a sum to the PARTS programs of its head: `sum_of_parts` collects them.
 
     buffer `[2, PARTS, C, D]` fp32 and arrived (zero before the first turn) are the head's own. Two halves
-    suffice: who writes turn n + 2 has seen all parts of n + 1, so all have read n. The programs must run at
-    the same time, see `place_of`.
+    suffice: who writes turn n + 2 has seen all parts of n + 1, so all have read n.
     """
+    if PARTS > 1:
+        at_CD = tl.arange(0, C)[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(buffer + (turn % 2) * PARTS * C * D + part * C * D + at_CD, tile_CD)
+        tl.debug_barrier()  # the release below is one thread's; it covers what the others stored before this
+        tl.atomic_add(arrived, 1, sem="release")
+
+
+@triton.jit
+def sum_of_parts(tile_CD, buffer, arrived, turn, PARTS: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """The sum over the programs of a head of what they shared this turn, the same bits in each: always added
+    in the same order. What stands between the two hides the wait. The programs must run at the same time, see
+    `place_of`."""
     if PARTS == 1:
         return tile_CD
     else:
-        at_CD = tl.arange(0, C)[:, None] * D + tl.arange(0, D)[None, :]
-        buffer += (turn % 2) * PARTS * C * D
-        tl.store(buffer + part * C * D + at_CD, tile_CD)
-        tl.debug_barrier()  # the release below is one thread's; it covers what the others stored before this
-        tl.atomic_add(arrived, 1, sem="release")
         while tl.atomic_add(arrived, 0, sem="acquire") < PARTS * (turn + 1):
             pass
         tl.debug_barrier()
+        at_CD = tl.arange(0, C)[:, None] * D + tl.arange(0, D)[None, :]
+        buffer += (turn % 2) * PARTS * C * D
         total_CD = tl.load(buffer + at_CD, cache_modifier=".cg")  # not from this core's own cache
         for other in tl.static_range(1, PARTS):
             total_CD += tl.load(buffer + other * C * D + at_CD, cache_modifier=".cg")

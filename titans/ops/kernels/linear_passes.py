@@ -21,7 +21,7 @@ from titans.ops.kernels.plan import Groups
 from titans.ops.spec import MemorySpec
 
 # Three stages of loads where all waits for the chain of chunks (docs/kernels.md). With one Triton 3.6 goes
-# past its memory, or is wrong.
+# past its memory, or is wrong. Two stages with heads of 128: then two programs fit into a core's memory.
 WRITE = Launch(warps=4, stages=3, block=32)
 READ = Launch(warps=4, stages=2, block=64)
 READ_BACKWARD = Launch(warps=4, stages=1, block=64)
@@ -34,6 +34,7 @@ class LinearGroup:
     gradients of the loss at the tokens."""
 
     PROGRAMS = 256  # that `write` runs at once in the backward: two a core
+    CROWD = 512  # programs of a serial kernel from which on two warps each are faster than four
 
     group: tuple[int, int]
     vectors: Tensor  # of the gates
@@ -67,9 +68,19 @@ class LinearGroup:
     def _cells(self) -> int:
         return self.group[1] - self.group[0]
 
-    def _serial_options(self, launch: Launch) -> dict[str, int]:
+    def _serial_options(self, launch: Launch, programs: int) -> dict[str, int]:
         """fp32 tiles are twice as large: three of each do not fit into shared memory."""
-        return launch.options | {"num_stages": 2} if self.call.exact else launch.options
+        call, options = self.call, launch.options
+        if call.exact or call.D > 64:
+            return options | {"num_stages": 2}
+        return (
+            options | {"num_warps": 2} if programs >= self.CROWD and (call.D, call.C) == (64, 64) else options
+        )
+
+    def _parallel_options(self, launch: Launch) -> dict[str, int]:
+        """4 warps spill up to 1,000 bytes a thread of a head of 128 with 64 rows, 8 next to nothing."""
+        tall = self.call.D > 64 and self.call.C >= 64
+        return launch.options | {"num_warps": 8} if tall else launch.options
 
     def _row_tables(self) -> tuple[Tensor, Tensor]:
         return self.call.plan.table, self.call.plan.cell_row
@@ -111,8 +122,9 @@ class LinearGroup:
         call, plan = self.call, self.call.plan
         kept_W, *kept_S = kept or states[:1]
         block = min(WRITE.block, call.D)
+        grid = call.D // block, segments * plan.rows * call.H
         run_kernel(
-            linear_write, (call.D // block, segments * plan.rows * call.H), self._serial_options(WRITE),
+            linear_write, grid, self._serial_options(WRITE, grid[0] * grid[1]),
             call.k, call.v, self.vectors, plan.table, *states, kept_W, *(kept_S or [kept_W]),
             self.W_start, self.S_start, self.G,
             plan.rows, *self.group, plan.stride, *segment, call.H, call.D, block, call.C,
@@ -144,16 +156,17 @@ class LinearGroup:
         sizes = (call.H, D)
         block = min(READ_BACKWARD.block, D)
         run_kernel(
-            linear_read_backward, (cells, call.H), READ_BACKWARD.options,
+            linear_read_backward, (cells, call.H), self._parallel_options(READ_BACKWARD),
             call.q, call.k, grad_output, grads.q, grads.k, self.vectors, *self._row_tables(),
             self.W_start, self.S_start, self.G, grad_G, grad_W, grad_S, parts,
             plan.rows, self.group[0], plan.stride, *sizes, block, C,
             call.spec.residual, call.momentum, call.exact, call.precision,
         )  # fmt: skip
         block = min(WRITE_BACKWARD.block, D)
+        grid = D // block, plan.rows * call.H
         dS = grad_momentum[0] if call.momentum else grad_weights[0]
         run_kernel(
-            linear_write_backward, (D // block, plan.rows * call.H), self._serial_options(WRITE_BACKWARD),
+            linear_write_backward, grid, self._serial_options(WRITE_BACKWARD, grid[0] * grid[1]),
             call.k, self.vectors, plan.table, grad_weights[0], dS, grad_first[0], grad_end[0],
             grad_G, grad_W, grad_S, W_end, S_end, grads.v,
             plan.rows, *self.group, plan.stride, *sizes, block, C,
@@ -161,7 +174,7 @@ class LinearGroup:
         )  # fmt: skip
         block = min(FINISH.block, D)
         run_kernel(
-            linear_finish, (cells, call.H), FINISH.options,
+            linear_finish, (cells, call.H), self._parallel_options(FINISH),
             call.k, grads.k, self.vectors, *self._row_tables(), self.W_start, self.S_start, self.G, grad_G,
             W_end, S_end, parts, grads.theta, grads.log_decay, grads.log_momentum,
             plan.rows, *self.group, plan.stride, *sizes, block, C,

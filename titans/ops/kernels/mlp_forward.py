@@ -30,12 +30,14 @@ from titans.ops.kernels.functions import (
     act_slope,
     chunks_of_group,
     chunks_of_segment,
+    fetch_lines,
     matmul,
     matmul_add,
     mixing,
     normalize,
     place_of,
     row_of,
+    share_part,
     slot_of_segment,
     sum_of_parts,
 )
@@ -61,26 +63,34 @@ def first_block(step, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def carry_gates(gates, slots, MOMENTUM: tl.constexpr):
+    """Weights of a chunk's gradients in its last W and S; of W in W, of S in W and of S in S."""
+    C: tl.constexpr = slots.shape[0]
+    theta = tl.load(gates + THETA * C + slots)
+    to_W = -theta * tl.load(gates + LAST_W * C + slots)
+    to_S = -theta * tl.load(gates + LAST_S * C + slots)
+    end = gates + END * C
+    return to_W, to_S, tl.load(end), tl.load(end + 1), tl.load(end + 2)
+
+
+@triton.jit
 def move(
-    W, S_here, S_next, S_state, last, tile, input_T, grad, gates, slots,
+    W, S, S_next, S_state, last, tile, input_T, grad, weights,
     MOMENTUM: tl.constexpr, AGAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W at the next chunk's start. S goes through memory: registers have no room for it."""
     dtype = grad.dtype
-    theta = tl.load(gates + THETA * slots.shape[0] + slots)
-    W = tl.load(gates + END * slots.shape[0]) * W
+    to_W, to_S, W_in_W, S_in_W, S_in_S = weights
+    W = W_in_W * W
     if MOMENTUM:
-        S = tl.load(S_here + tile).to(tl.float32)
-        W += tl.load(gates + END * slots.shape[0] + 1) * S
-        S = tl.load(gates + END * slots.shape[0] + 2) * S
-        to_S = -theta * tl.load(gates + LAST_S * slots.shape[0] + slots)
-        S = matmul_add(input_T, (to_S[:, None] * grad).to(dtype), S, PRECISION)
+        S = S.to(tl.float32)
+        W += S_in_W * S
+        S = matmul_add(input_T, (to_S[:, None] * grad).to(dtype), S_in_S * S, PRECISION)
         if last:
             if not AGAIN:
                 tl.store(S_state + tile, S)
         else:
             tl.store(S_next + tile, S.to(dtype))
-    to_W = -theta * tl.load(gates + LAST_W * slots.shape[0] + slots)
     return matmul_add(input_T, (to_W[:, None] * grad).to(dtype), W, PRECISION)
 
 
@@ -92,7 +102,7 @@ def mlp_write(
     num_rows, group_start, group_end, stride, segment, number,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, KEEP: tl.constexpr,
-    AGAIN: tl.constexpr, PRECISION: tl.constexpr,
+    AGAIN: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows x H x F / BF), one segment of the group, the one of that number. The states `[rows, H, D,
     F]` fp32 are read and written. KEEP: kept_W and kept_S `[slots, H, D, F]` get those at the segment's
@@ -147,6 +157,8 @@ def mlp_write(
             if KEEP:
                 tl.store(kept_S1 + kept + share, S1)
                 tl.store(kept_S2 + kept + share, S2)
+    if AHEAD:
+        tl.debug_barrier()
     for index in range(low, high):
         n = index ^ unseen_zero(index, 0)
         zero = unseen_zero(index, 1)
@@ -159,6 +171,19 @@ def mlp_write(
         tile = of_D[:, None] * F + of_B[None, :]
         tile_CB = slots[:, None] * F + of_B[None, :]
         hidden = at * C * F + part * BF
+        if AHEAD:
+            following = tl.minimum(n + 1, high - 1)
+            tokens = tl.minimum(first + following * C + slots, end - 1)
+            fetch_lines(k + head * D, tokens, H * D, D)
+            fetch_lines(v + head * D, tokens, H * D, D)
+            following = ((base + following * stride - group_start) * H + head) * ROWS * C
+            fetch_lines(vectors1 + following, tl.arange(0, ROWS), C, C)
+            fetch_lines(vectors2 + following, tl.arange(0, ROWS), C, C)
+            K_DC = tl.load(k + rows + slots[None, :] * (H * D) + of_D[:, None], mask=real[None, :], other=0.0)
+            S1 = tl.load(S1_start + here + tile)
+            S2 = tl.load(S2_start + here + tile)
+            weights1 = carry_gates(vectors1 + at * ROWS * C, slots, MOMENTUM)
+            weights2 = carry_gates(vectors2 + at * ROWS * C, slots, MOMENTUM)
         K_CD = tl.load(k + rows + at_CD, mask=real[:, None], other=0.0)
         target = tl.load(v + rows + at_CD, mask=real[:, None], other=0.0)
         if AGAIN:
@@ -171,11 +196,13 @@ def mlp_write(
         tl.store(written_out + hidden + tile_CB, hidden_C)
         if AGAIN:
             tl.store(slope_out + hidden + tile_CB, slope_C)
+        tl.debug_barrier()
+        hidden_C = tl.load(written_out + hidden + tile_CB)
         Z2_CD = matmul(hidden_C, tl.trans(anchor2), PRECISION)
-        Z2_CD = sum_of_parts(Z2_CD, exchange, arrived + 1 + unit, part, index - low, PARTS, C, D)
+        share_part(Z2_CD, exchange, arrived + 1 + unit, part, index - low, PARTS, C, D)
         zero = unseen_zero(index, 2)
         slots, of_D, of_B = tl.arange(0, C) + zero, tl.arange(0, D) + zero, tl.arange(0, BF) + zero
-        # Not before the exchange: it waits until all that was stored before can be seen.
+        # Not before: sharing waits until all that was stored before can be seen.
         tile = of_D[:, None] * F + of_B[None, :]
         tl.store(W1_start + here + tile, W1.to(dtype))
         tl.store(W2_start + here + tile, W2.to(dtype))
@@ -183,6 +210,7 @@ def mlp_write(
             if (n == count - 1) & (n > 0):
                 tl.store(end1 + state + tile, W1)
                 tl.store(end2 + state + tile, W2)
+        Z2_CD = sum_of_parts(Z2_CD, exchange, arrived + 1 + unit, index - low, PARTS, C, D)
         real = (slots >= (begin - first - n * C).to(tl.int32)) & (slots < (end - first - n * C).to(tl.int32))
         target = target.to(tl.float32)
         if RESIDUAL:
@@ -217,25 +245,44 @@ def mlp_write(
         real = (slots >= (begin - first - n * C).to(tl.int32)) & (slots < (end - first - n * C).to(tl.int32))
         tile = of_D[:, None] * F + of_B[None, :]
         tile_CB = slots[:, None] * F + of_B[None, :]
+        G2_CD = tl.load(G2_out + at * C * D + slots[:, None] * D + of_D[None, :])
         G1 = matmul(G2_CD, anchor2, PRECISION)  # of the hidden rows, so far
         if AGAIN:
             tl.store(bend_out + hidden + tile_CB, (bend_C * G1).to(dtype))
         G1 = (G1 * slope_C).to(dtype)
         tl.store(G1_out + hidden + tile_CB, G1)
-        gates1 = vectors1 + at * ROWS * C
-        gates2 = vectors2 + at * ROWS * C
+        tl.debug_barrier()
+        G1 = tl.load(G1_out + hidden + tile_CB)
         then = here + stride * H * D * F
         last = index == high - 1
-        K_DC = tl.load(k + rows + slots[None, :] * (H * D) + of_D[:, None], mask=real[None, :], other=0.0)
+        if not AHEAD:
+            K_DC = tl.load(k + rows + slots[None, :] * (H * D) + of_D[:, None], mask=real[None, :], other=0.0)
+            S1 = tl.load(S1_start + here + tile)
+            weights1 = carry_gates(vectors1 + at * ROWS * C, slots, MOMENTUM)
         W1 = move(
-            W1, S1_start + here, S1_start + then, S1_state + state, last, tile, K_DC, G1, gates1,
-            slots, MOMENTUM, AGAIN, PRECISION,
-        )  # fmt: skip
+            W1,
+            S1,
+            S1_start + then,
+            S1_state + state,
+            last,
+            tile,
+            K_DC,
+            G1,
+            weights1,
+            MOMENTUM,
+            AGAIN,
+            PRECISION,
+        )
         G2_DC = tl.load(G2_out + at * C * D + slots[None, :] * D + of_D[:, None])
+        if not AHEAD:
+            S2 = tl.load(S2_start + here + tile)
+            weights2 = carry_gates(vectors2 + at * ROWS * C, slots, MOMENTUM)
         W2 = move(
-            W2, S2_start + here, S2_start + then, S2_state + state, last, tile, G2_DC, hidden_C, gates2,
-            slots, MOMENTUM, AGAIN, PRECISION,
+            W2, S2, S2_start + then, S2_state + state, last, tile, G2_DC, hidden_C, weights2, MOMENTUM, AGAIN,
+            PRECISION,
         )  # fmt: skip
+        if AHEAD and MOMENTUM:
+            tl.debug_barrier()  # the next chunk may load S in another layout
         anchor1 = W1.to(dtype)
         anchor2 = W2.to(dtype)
     if not AGAIN:

@@ -27,12 +27,17 @@ from titans.ops.spec import MemorySpec
 Tensors = list[Tensor]
 
 # 64 columns: with 32, Triton 3.6 reads past its shared memory on Hopper (wrong results, illegal accesses).
-# 4 warps hold a tile of 64 rows once; 8 hold it twice wherever one product feeds the next.
+# 4 warps hold a tile of 64 rows once; 8 hold it twice wherever one product feeds the next in registers, so
+# the serial kernels hand such tiles on through memory (docs/decisions.md, "Kernels"). Then 8 warps take half
+# the time of 4 where each program has a core to itself. Where cores are full, `write` is faster with 4; below
+# 64 rows, which wgmma does not multiply, both kernels are.
 WRITE = Launch(warps=4)
+WRITE_ALONE = Launch(warps=8)
 READ = Launch(warps=4, stages=2)
 READ_BACKWARD_2 = Launch(warps=4, stages=2)
 READ_BACKWARD_1 = Launch(warps=4, stages=2)
 WRITE_BACKWARD = Launch(warps=4)
+WRITE_BACKWARD_ALONE = Launch(warps=8)  # and where there are 64 rows
 FINISH = Launch(warps=4)
 
 
@@ -63,7 +68,7 @@ class MLPGroup:
     chunks' starts; written, G1, G2, normed, GN, rows: what the write leaves of the inner gradient; slope,
     bend: act' and what passes through act'', for the backward alone."""
 
-    PROGRAMS = 128  # that `write` runs at once in the backward: one a core
+    PROGRAMS = 128  # of a serial kernel that a GPU runs at once: one a core
 
     group: tuple[int, int]
     _vectors: tuple[Tensor, Tensor]  # of the layers' gates: the same where they share them
@@ -141,7 +146,7 @@ class MLPGroup:
         wide = max(1, self.call.D // 64)
         if wide == 1 and not self.call.exact:
             return launch.options
-        return {"num_warps": launch.warps * wide, "num_stages": 1}
+        return {"num_warps": max(launch.warps, 4 * wide), "num_stages": 1}
 
     def _sizes(self, columns: int) -> tuple[Any, ...]:
         call = self.call
@@ -153,6 +158,10 @@ class MLPGroup:
     def _programs(self, segments: int = 1) -> tuple[int]:
         """The grid of a serial kernel."""
         return (segments * self.call.plan.rows * self.call.H * (self.call.F // self._columns),)
+
+    def _alone(self, segments: int = 1) -> bool:
+        """Whether every program of a serial kernel has a core to itself, and waits for its own chain only."""
+        return not self.call.one_after_another and self._programs(segments)[0] <= self.PROGRAMS
 
     def write(self, weights: Tensors, momentum: Tensors, first: Tensors, end: Tensors, kept: Tensors) -> None:
         """Moves weights and momentum on to the end of the group, in place. kept: [], or gets its segments."""
@@ -171,17 +180,18 @@ class MLPGroup:
     def _write(
         self, states: Tensors, kept: Tensors, segment: tuple[int, int], segments: int, again: bool
     ) -> None:
-        call = self.call
+        call, alone = self.call, self._alone(segments)
+        launch = WRITE_ALONE if alone and call.C >= 64 else WRITE
         W1, W2, *momentum = kept or self.states[::2]
         S1, S2 = momentum or (W1, W2)
         run_kernel(
-            mlp_write, self._programs(segments), self._options(WRITE),
+            mlp_write, self._programs(segments), self._options(launch),
             call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table, *states, W1, S1, W2, S2,
             *self.states, self.written, self.G1, self.G2, self.slope, self.bend, self.normed, self.GN,
             self.rows, self._exchange, next(self._arrived),
             *self._serial(), *segment, *self._sizes(self._columns),
             call.spec.residual, call.spec.norm, call.momentum, bool(kept) and not again, again,
-            call.precision,
+            alone, call.precision,
         )  # fmt: skip
 
     def read(self, output: Tensor) -> None:
@@ -229,14 +239,16 @@ class MLPGroup:
             call.spec.residual, call.momentum, call.exact, call.precision,
         )  # fmt: skip
         (W1, W2), (S1, S2) = grad_weights, grad_momentum or grad_weights
+        alone = self._alone()
+        launch = WRITE_BACKWARD_ALONE if alone or call.C >= 64 else WRITE_BACKWARD
         run_kernel(
-            mlp_write_backward, self._programs(), self._options(WRITE_BACKWARD),
+            mlp_write_backward, self._programs(), self._options(launch),
             call.k, call.gain, *self._vectors, call.plan.table, W1, S1, W2, S2,
             *grad_first, *grad_end, self.states[2], self.written, self.slope, self.bend, self.G2, self.normed,
             self.GN, self.rows,
             own.H, own.G1, own.G2, *own.states, *own.ends, own.Z2, own.Z1, own.complete_G2,
             self._exchange, next(self._arrived), *self._serial(), *self._sizes(self._columns),
-            call.spec.norm, call.momentum, call.precision,
+            call.spec.norm, call.momentum, alone, call.precision,
         )  # fmt: skip
         run_kernel(
             mlp_finish, grid, self._options(FINISH),
