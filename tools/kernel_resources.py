@@ -80,29 +80,35 @@ class Configuration:
 
 def compiled_kernels() -> Iterator[Configuration]:
     """The table: chunk 64 and 16, linear and two layers, and float32, which tensor cores do not multiply."""
-    linear = {
-        linear_write: linear_passes.WRITE,
+    serial = {linear_write: linear_passes.WRITE, linear_write_backward: linear_passes.WRITE_BACKWARD}
+    parallel = {
         linear_read: linear_passes.READ,
         linear_read_backward: linear_passes.READ_BACKWARD,
-        linear_write_backward: linear_passes.WRITE_BACKWARD,
         linear_finish: linear_passes.FINISH,
     }
     for dtype, D, C in (("bf16", 64, 64), ("bf16", 128, 64), ("bf16", 64, 16), ("fp32", 64, 16)):
-        for kernel, launch in linear.items():
-            if dtype == "fp32":  # as `LinearGroup` has it
-                launch = replace(launch, stages=min(launch.stages, 2))
+        for kernel, launch in serial.items():
+            launch = linear_passes.serial_launch(launch, D, C, dtype == "fp32", crowded=False)
             yield _configuration(kernel, launch, dtype, {"D": D, "BV": min(launch.block, D), "C": C})
-    two_layers = {
-        mlp_write: mlp_passes.WRITE,
+        for kernel, launch in parallel.items():
+            if kernel is not linear_read:
+                launch = linear_passes.parallel_launch(launch, D, C)
+            yield _configuration(kernel, launch, dtype, {"D": D, "BV": min(launch.block, D), "C": C})
+    serial = {mlp_write: mlp_passes.write_launch, mlp_write_backward: mlp_passes.write_backward_launch}
+    parallel = {
         mlp_read: mlp_passes.READ,
         mlp_read_backward_2: mlp_passes.READ_BACKWARD_2,
         mlp_read_backward_1: mlp_passes.READ_BACKWARD_1,
         mlp_read_backward_1a: mlp_passes.READ_BACKWARD_1,
-        mlp_write_backward: mlp_passes.WRITE_BACKWARD,
         mlp_finish: mlp_passes.FINISH,
     }
     for D, F, C in ((64, 64, 64), (64, 256, 64), (64, 64, 16)):
-        for kernel, launch in two_layers.items():
+        for kernel, launch_for in serial.items():
+            for alone in (False, True):
+                launch = launch_for(C, alone)
+                sizes = {"D": D, "F": F, "BF": min(launch.block, F), "C": C, "AHEAD": alone}
+                yield _configuration(kernel, launch, "bf16", sizes, " alone" if alone else "")
+        for kernel, launch in parallel.items():
             yield _configuration(kernel, launch, "bf16", {"D": D, "F": F, "BF": min(launch.block, F), "C": C})
     for C in (16, 64):
         yield _configuration(gate_vectors, Launch(warps=4, stages=3), "bf16", {"C": C})
@@ -118,7 +124,9 @@ def compiled_kernels() -> Iterator[Configuration]:
         yield _layer_configuration(kernel, launch, heads=16, dim=64)
 
 
-def _configuration(kernel: Any, launch: Launch, dtype: str, sizes: dict[str, int]) -> Configuration:
+def _configuration(
+    kernel: Any, launch: Launch, dtype: str, sizes: dict[str, int], suffix: str = ""
+) -> Configuration:
     """With the defaults of a memory of its depth (a linear one has no residual)."""
     exact = dtype == "fp32"
     options = {
@@ -131,13 +139,12 @@ def _configuration(kernel: Any, launch: Launch, dtype: str, sizes: dict[str, int
         "EXACT": exact,
         "KEEP": True,
         "AGAIN": False,
-        "AHEAD": True,
         "PRECISION": "ieee" if exact else "tf32",
         "ACT": "gelu",
     }
     constants = {key: value for key, value in {**sizes, **options}.items() if key in kernel.arg_names}
     label = " ".join(f"{key}{sizes[key]}" for key in ("D", "F", "C") if key in sizes)
-    name = f"{kernel.__name__} {label} {dtype}"
+    name = f"{kernel.__name__} {label} {dtype}{suffix}"
     return Configuration(name, kernel, constants, launch.warps, launch.stages, dtype)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -29,12 +30,26 @@ WRITE_BACKWARD = Launch(warps=4, stages=3, block=32)
 FINISH = Launch(warps=4, stages=1, block=64)
 
 
+@lru_cache
+def serial_launch(launch: Launch, dim: int, chunk_size: int, exact: bool, crowded: bool) -> Launch:
+    """exact: fp32 tiles are twice as large, three of each do not fit into shared memory."""
+    if exact or dim > 64:
+        return replace(launch, stages=2)
+    return replace(launch, warps=2) if crowded and (dim, chunk_size) == (64, 64) else launch
+
+
+@lru_cache
+def parallel_launch(launch: Launch, dim: int, chunk_size: int) -> Launch:
+    """4 warps spill up to 1,000 bytes a thread of a head of 128 with 64 rows, 8 next to nothing."""
+    return replace(launch, warps=8) if dim > 64 and chunk_size >= 64 else launch
+
+
 class LinearGroup:
     """The group whose turn it is, in buffers that the largest one fills: states at the chunks' starts and
     gradients of the loss at the tokens."""
 
     PROGRAMS = 256  # that `write` runs at once in the backward: two a core
-    CROWD = 512  # programs of a serial kernel from which on two warps each are faster than four
+    CROWD = 512  # programs of a serial kernel, from which on two warps each are faster than four
 
     group: tuple[int, int]
     vectors: Tensor  # of the gates
@@ -68,19 +83,9 @@ class LinearGroup:
     def _cells(self) -> int:
         return self.group[1] - self.group[0]
 
-    def _serial_options(self, launch: Launch, programs: int) -> dict[str, int]:
-        """fp32 tiles are twice as large: three of each do not fit into shared memory."""
-        call, options = self.call, launch.options
-        if call.exact or call.D > 64:
-            return options | {"num_stages": 2}
-        return (
-            options | {"num_warps": 2} if programs >= self.CROWD and (call.D, call.C) == (64, 64) else options
-        )
-
-    def _parallel_options(self, launch: Launch) -> dict[str, int]:
-        """4 warps spill up to 1,000 bytes a thread of a head of 128 with 64 rows, 8 next to nothing."""
-        tall = self.call.D > 64 and self.call.C >= 64
-        return launch.options | {"num_warps": 8} if tall else launch.options
+    def _serial_options(self, launch: Launch, grid: tuple[int, int]) -> dict[str, int]:
+        call, crowded = self.call, grid[0] * grid[1] >= self.CROWD
+        return serial_launch(launch, call.D, call.C, call.exact, crowded).options
 
     def _row_tables(self) -> tuple[Tensor, Tensor]:
         return self.call.plan.table, self.call.plan.cell_row
@@ -124,7 +129,7 @@ class LinearGroup:
         block = min(WRITE.block, call.D)
         grid = call.D // block, segments * plan.rows * call.H
         run_kernel(
-            linear_write, grid, self._serial_options(WRITE, grid[0] * grid[1]),
+            linear_write, grid, self._serial_options(WRITE, grid),
             call.k, call.v, self.vectors, plan.table, *states, kept_W, *(kept_S or [kept_W]),
             self.W_start, self.S_start, self.G,
             plan.rows, *self.group, plan.stride, *segment, call.H, call.D, block, call.C,
@@ -156,7 +161,7 @@ class LinearGroup:
         sizes = (call.H, D)
         block = min(READ_BACKWARD.block, D)
         run_kernel(
-            linear_read_backward, (cells, call.H), self._parallel_options(READ_BACKWARD),
+            linear_read_backward, (cells, call.H), parallel_launch(READ_BACKWARD, D, C).options,
             call.q, call.k, grad_output, grads.q, grads.k, self.vectors, *self._row_tables(),
             self.W_start, self.S_start, self.G, grad_G, grad_W, grad_S, parts,
             plan.rows, self.group[0], plan.stride, *sizes, block, C,
@@ -166,7 +171,7 @@ class LinearGroup:
         grid = D // block, plan.rows * call.H
         dS = grad_momentum[0] if call.momentum else grad_weights[0]
         run_kernel(
-            linear_write_backward, grid, self._serial_options(WRITE_BACKWARD, grid[0] * grid[1]),
+            linear_write_backward, grid, self._serial_options(WRITE_BACKWARD, grid),
             call.k, self.vectors, plan.table, grad_weights[0], dS, grad_first[0], grad_end[0],
             grad_G, grad_W, grad_S, W_end, S_end, grads.v,
             plan.rows, *self.group, plan.stride, *sizes, block, C,
@@ -174,7 +179,7 @@ class LinearGroup:
         )  # fmt: skip
         block = min(FINISH.block, D)
         run_kernel(
-            linear_finish, (cells, call.H), self._parallel_options(FINISH),
+            linear_finish, (cells, call.H), parallel_launch(FINISH, D, C).options,
             call.k, grads.k, self.vectors, *self._row_tables(), self.W_start, self.S_start, self.G, grad_G,
             W_end, S_end, parts, grads.theta, grads.log_decay, grads.log_momentum,
             plan.rows, *self.group, plan.stride, *sizes, block, C,

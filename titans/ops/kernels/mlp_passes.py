@@ -41,6 +41,14 @@ WRITE_BACKWARD_ALONE = Launch(warps=8)  # and where there are 64 rows
 FINISH = Launch(warps=4)
 
 
+def write_launch(chunk_size: int, alone: bool) -> Launch:
+    return WRITE_ALONE if alone and chunk_size >= 64 else WRITE
+
+
+def write_backward_launch(chunk_size: int, alone: bool) -> Launch:
+    return WRITE_BACKWARD_ALONE if alone or chunk_size >= 64 else WRITE_BACKWARD
+
+
 def _states(call: Call, cells: int, anchors: int = 0) -> Tensors:
     """W1, S1, W2, S2, with room for so many anchors behind each W; without momentum S is W: never read."""
     states = []
@@ -181,11 +189,10 @@ class MLPGroup:
         self, states: Tensors, kept: Tensors, segment: tuple[int, int], segments: int, again: bool
     ) -> None:
         call, alone = self.call, self._alone(segments)
-        launch = WRITE_ALONE if alone and call.C >= 64 else WRITE
         W1, W2, *momentum = kept or self.states[::2]
         S1, S2 = momentum or (W1, W2)
         run_kernel(
-            mlp_write, self._programs(segments), self._options(launch),
+            mlp_write, self._programs(segments), self._options(write_launch(call.C, alone)),
             call.k, call.v, call.gain, call.bias, *self._vectors, call.plan.table, *states, W1, S1, W2, S2,
             *self.states, self.written, self.G1, self.G2, self.slope, self.bend, self.normed, self.GN,
             self.rows, self._exchange, next(self._arrived),
@@ -240,9 +247,8 @@ class MLPGroup:
         )  # fmt: skip
         (W1, W2), (S1, S2) = grad_weights, grad_momentum or grad_weights
         alone = self._alone()
-        launch = WRITE_BACKWARD_ALONE if alone or call.C >= 64 else WRITE_BACKWARD
         run_kernel(
-            mlp_write_backward, self._programs(), self._options(launch),
+            mlp_write_backward, self._programs(), self._options(write_backward_launch(call.C, alone)),
             call.k, call.gain, *self._vectors, call.plan.table, W1, S1, W2, S2,
             *grad_first, *grad_end, self.states[2], self.written, self.slope, self.bend, self.G2, self.normed,
             self.GN, self.rows,

@@ -14,13 +14,12 @@ from torch import Tensor
 from titans.ops.kernels.dispatch import run_kernel
 from titans.ops.kernels.functions import SIZES, row_of
 from titans.ops.kernels.launch import Launch
-from titans.ops.kernels.plan import ceil_div
 
 Tensors = list[Tensor]
 
 COPY = Launch(warps=4)
 STRIDES = ["weights_row", "weights_head", "momentum_row", "momentum_head", "anchor_row", "anchor_head"]
-BLOCK = 1024
+BLOCK = 4096  # numbers of a tile
 
 
 @triton.jit
@@ -35,13 +34,14 @@ def marks_of(table, row, num_rows, C: tl.constexpr):
 
 @triton.jit
 def offsets(
-    row, head, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr
+    row, head, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, FLIP: tl.constexpr, BF: tl.constexpr
 ):
-    """Of the program's elements: in the kernels' layout, in the user's matrix, which exist."""
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ours = (row.to(tl.int64) * H + head) * D * F + element
-    user = (element % F) * D + element // F if FLIP else element
-    return ours, user, element < D * F
+    """Of the program's tile `[D, BF]`: in the kernels' layout, and in the user's matrix. A tile, not a run of
+    numbers: then reads and writes both go along their own matrix' rows."""
+    of_D = tl.arange(0, D)[:, None]
+    columns = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
+    ours = (row.to(tl.int64) * H + head) * D * F + of_D * F + columns
+    return ours, columns * D + of_D if FLIP else of_D * F + columns
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -49,85 +49,85 @@ def states_in(
     weights, momentum, anchor, W, S, first, end, table,
     num_rows, weights_row, weights_head, momentum_row, momentum_head, anchor_row, anchor_head,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, FLIP: tl.constexpr,
-    MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENTUM: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Copies to be overwritten, the first chunk's anchor, and that of a last chunk which is the first."""
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     fresh, empty, _, _ = marks_of(table, row, num_rows, C)
-    ours, user, real = offsets(row, head, H, D, F, FLIP, BLOCK)
+    ours, user = offsets(row, head, H, D, F, FLIP, BF)
     of_weights = row.to(tl.int64) * weights_row + head * weights_head
-    value = tl.load(weights + of_weights + user, mask=real)
-    old = tl.load(anchor + row.to(tl.int64) * anchor_row + head * anchor_head + user, mask=real)
+    value = tl.load(weights + of_weights + user)
+    old = tl.load(anchor + row.to(tl.int64) * anchor_row + head * anchor_head + user)
     start = tl.where(fresh, value, old)
-    tl.store(W + ours, value, mask=real)
-    tl.store(first + ours, start, mask=real)
-    tl.store(end + ours, tl.where(empty, old, start), mask=real)
+    tl.store(W + ours, value)
+    tl.store(first + ours, start)
+    tl.store(end + ours, tl.where(empty, old, start))
     if MOMENTUM:
         of_momentum = row.to(tl.int64) * momentum_row + head * momentum_head
-        tl.store(S + ours, tl.load(momentum + of_momentum + user, mask=real), mask=real)
+        tl.store(S + ours, tl.load(momentum + of_momentum + user))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def states_out(
     W, S, end, weights, momentum, anchor, table, num_rows,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, FLIP: tl.constexpr,
-    MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENTUM: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The anchor after the last token, and all of them in the user's layout where it differs (FLIP)."""
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     _, _, closes, _ = marks_of(table, row, num_rows, C)
-    ours, user, real = offsets(row, head, H, D, F, FLIP, BLOCK)
+    ours, user = offsets(row, head, H, D, F, FLIP, BF)
     user += (row.to(tl.int64) * H + head) * D * F
-    value = tl.load(W + ours, mask=real)
-    tl.store(anchor + user, tl.where(closes, value, tl.load(end + ours, mask=real)), mask=real)
+    value = tl.load(W + ours)
+    tl.store(anchor + user, tl.where(closes, value, tl.load(end + ours)))
     if FLIP:
-        tl.store(weights + user, value, mask=real)
+        tl.store(weights + user, value)
         if MOMENTUM:
-            tl.store(momentum + user, tl.load(S + ours, mask=real), mask=real)
+            tl.store(momentum + user, tl.load(S + ours))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradients_in(
     weights, momentum, anchor, dW, dS, d_first, d_end, table, num_rows,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, FLIP: tl.constexpr,
-    MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENTUM: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of the returned state. The returned anchor is the weights where a chunk closes, and
     elsewhere the state at the last chunk's start (d_end)."""
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     _, _, closes, _ = marks_of(table, row, num_rows, C)
-    ours, user, real = offsets(row, head, H, D, F, FLIP, BLOCK)
+    ours, user = offsets(row, head, H, D, F, FLIP, BF)
     user += (row.to(tl.int64) * H + head) * D * F
-    of_anchor = tl.load(anchor + user, mask=real)
+    of_anchor = tl.load(anchor + user)
     at_end = tl.where(closes, of_anchor, 0.0)
-    tl.store(dW + ours, tl.load(weights + user, mask=real) + at_end, mask=real)
-    tl.store(d_end + ours, of_anchor - at_end, mask=real)
-    tl.store(d_first + ours, tl.zeros_like(at_end), mask=real)
+    tl.store(dW + ours, tl.load(weights + user) + at_end)
+    tl.store(d_end + ours, of_anchor - at_end)
+    tl.store(d_first + ours, tl.zeros_like(at_end))
     if MOMENTUM:
-        tl.store(dS + ours, tl.load(momentum + user, mask=real), mask=real)
+        tl.store(dS + ours, tl.load(momentum + user))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradients_out(
     dW, dS, d_first, d_end, grad_anchor, weights, momentum, anchor, table, num_rows,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, FLIP: tl.constexpr,
-    MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENTUM: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the given state: the first chunk's anchor is a fresh row's weights, else the anchor."""
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     fresh, empty, _, one_chunk = marks_of(table, row, num_rows, C)
-    ours, user, real = offsets(row, head, H, D, F, FLIP, BLOCK)
+    ours, user = offsets(row, head, H, D, F, FLIP, BF)
     user += (row.to(tl.int64) * H + head) * D * F
-    of_first = tl.load(d_first + ours, mask=real)
-    of_first += tl.where(one_chunk, tl.load(d_end + ours, mask=real), 0.0)
-    of_weights = tl.load(dW + ours, mask=real)
+    of_first = tl.load(d_first + ours)
+    of_first += tl.where(one_chunk, tl.load(d_end + ours), 0.0)
+    of_weights = tl.load(dW + ours)
     of_weights += tl.where(fresh & (not empty), of_first, 0.0)
     of_anchor = tl.where(fresh, 0.0, of_first)
-    of_anchor = tl.where(empty, tl.load(grad_anchor + user, mask=real), of_anchor)
-    tl.store(weights + user, of_weights, mask=real)
-    tl.store(anchor + user, of_anchor, mask=real)
+    of_anchor = tl.where(empty, tl.load(grad_anchor + user), of_anchor)
+    tl.store(weights + user, of_weights)
+    tl.store(anchor + user, of_anchor)
     if MOMENTUM:
-        tl.store(momentum + user, tl.load(dS + ours, mask=real), mask=real)
+        tl.store(momentum + user, tl.load(dS + ours))
 
 
 class States:
@@ -205,8 +205,9 @@ class States:
 
     def _run(self, kernel: object, layer: int, like: Tensor, *arguments: object) -> None:
         rows, H, D, F = _transposed(like.shape, layer)
-        grid = (rows * H, ceil_div(D * F, BLOCK))
-        sizes = (H, D, F, self.chunk_size, layer > 0, self.momentum, BLOCK)
+        columns = min(F, BLOCK // D)
+        grid = (rows * H, F // columns)
+        sizes = (H, D, F, self.chunk_size, layer > 0, self.momentum, columns)
         run_kernel(kernel, grid, COPY.options, *arguments, *sizes)
 
 
