@@ -5,6 +5,7 @@ arithmetic is silently wrong). The tests marked `gpu` run them on the card.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ def test_groups_of_one_step(spec, monkeypatch):
     for name in ("READ", "READ_BACKWARD_1", "READ_BACKWARD_2", "FINISH"):
         monkeypatch.setattr(mlp_passes, name, Launch(warps=8, block=16))
     monkeypatch.setattr(passes, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(passes, "STEPS", 1)
     assert worst_error(random_inputs(spec), torch.float32)[0] < FP32
 
 
@@ -97,6 +99,7 @@ def test_segments_change_no_bit(spec, documents, monkeypatch):
     results = []
     for cells, programs in ((8, 1), (8, 1000), (8, 8), (100, 12), (100, 1)):
         monkeypatch.setattr(passes, "SCRATCH_BYTES", cells * numbers)
+        monkeypatch.setattr(passes, "STEPS", 1)
         monkeypatch.setattr(kind, "PROGRAMS", programs)
         results.append(evaluate(inputs, "triton"))
     for name, value in results[0].items():
@@ -105,6 +108,22 @@ def test_segments_change_no_bit(spec, documents, monkeypatch):
                 assert relative_error(other[name], value) < 1e-6
             else:
                 assert torch.equal(other[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "steps", "without_gradients"),
+    [(16, 2048, 5, 3), (16, 32768, 11, 3), (1, 32768, 56, 56), (64, 2048, 5, 1)],
+)
+def test_groups_are_long_enough_for_a_backward(batch, tokens, steps, without_gradients):
+    """Buffers of 640 MiB hold three steps of 16 rows: a state would be kept for every third chunk."""
+    spec = MemorySpec(dim=64, depth=2, expansion=4)
+    q = torch.empty(batch, tokens, 16, 64, dtype=torch.bfloat16, device="meta")
+    inputs = SimpleNamespace(
+        spec=spec, q=q, chunk_size=64, position=torch.zeros(batch), cu_seqlens=None,
+        weights=[None] * 2, momentum=[None] * 2,
+    )  # fmt: skip
+    assert passes.groups_of(inputs).cells == batch * steps
+    assert passes.groups_of(inputs, keep=False).cells == batch * without_gradients
 
 
 def test_every_segment_has_a_slot_of_its_own():

@@ -6,11 +6,13 @@ gates as vectors (32 bytes a token and head) and the states at the starts of seg
 parts of them; the backward walks the groups from the last, writes each again, its segments side by side, then
 takes reads and writes back.
 
-The groups take turns in one set of buffers: two layers have 34 and up to 11 groups, and the host would spend
+The groups take turns in one set of buffers: two layers have 34 and up to ten groups, and the host would spend
 more on allocating for each than on launching.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ from titans.ops.spec import MemorySpec
 Tensors = list[Tensor]
 
 SCRATCH_BYTES = 5 * 2**27  # of one group: enough work to fill the device at every size that fits it
+STEPS = (
+    5  # of a row's chunks in a group, at least: each launch of a serial kernel loads and stores all states
+)
 
 
 def _group_kind(spec: MemorySpec) -> type[LinearGroup] | type[MLPGroup]:
@@ -37,12 +42,23 @@ def sizes_of(x: ChunkedInputs) -> Sizes:
     return Sizes.of(x.q.shape[0], x.q.shape[1], x.chunk_size, x.position.shape[0], x.cu_seqlens is not None)
 
 
-def groups_of(x: ChunkedInputs) -> Groups:
-    """Forward and backward must agree on the segments: the kept states lie at their starts."""
+def groups_of(x: ChunkedInputs, keep: bool = True) -> Groups:
+    """Forward and backward must agree on the segments: the kept states lie at their starts.
+
+    keep: a backward follows. Then groups are not shorter than STEPS, nor than where a step more would take as
+    much memory in buffers as it saves in kept states.
+    """
     kind, sizes, heads = _group_kind(x.spec), sizes_of(x), x.q.shape[2]
-    numbers = kind.numbers_per_cell(x.spec, x.chunk_size)
+    of_cell = kind.numbers_per_cell(x.spec, x.chunk_size) * x.q.element_size()  # and head
     pieces = kind.PROGRAMS // (sizes.rows * heads * kind.programs_per_head(x.spec))
-    return sizes.groups(max(1, SCRATCH_BYTES // (numbers * x.q.element_size() * heads)), max(1, pieces))
+    cells = max(1, SCRATCH_BYTES // (of_cell * heads))
+    if keep:
+        matrix = math.prod(x.spec.layer_shapes[0])
+        momentum = kind.momentum_dtype(x.q.dtype).itemsize * len(x.momentum)
+        of_state = matrix * (4 * len(x.weights) + momentum)
+        even = math.isqrt(sizes.cells // sizes.stride * of_state // of_cell)
+        cells = max(cells, sizes.stride * max(STEPS, even))
+    return sizes.groups(cells, max(1, pieces))
 
 
 def empty_kept(x: ChunkedInputs, groups: Groups) -> Tensors:
@@ -58,7 +74,7 @@ def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
     states = States(call.plan.table, x.chunk_size, call.momentum)
     weights, momentum, first, end = states.enter(x.weights, x.momentum, x.anchor)
     output = torch.empty_like(call.v)
-    groups = groups_of(x)
+    groups = groups_of(x, keep)
     kept = empty_kept(x, groups) if keep else []
     buffers = kind(call, groups)
     for group in groups.bounds:
