@@ -209,7 +209,7 @@ def initial_values(record: dict[str, Any]) -> str:
     )
 
 
-def ops_on_a_gpu(record: dict[str, Any]) -> str:
+def ops_on_a_gpu(record: dict[str, Any], which: str = "") -> str:
     summary = record["summary"]
     about = (
         f"bf16, {record['options']['tokens']:,} tokens in 16, 4 and 1 sequences, medians; inputs come from "
@@ -248,7 +248,7 @@ def ops_on_a_gpu(record: dict[str, Any]) -> str:
         "first call s",
         "targets",
     ]
-    parts = ["## The op on a GPU\n", about, table(header, rows)]
+    parts = [f"## The op on a GPU{which}\n", about, table(header, rows)]
     if rate := summary.get("copy_terabytes_per_second"):
         parts.append(
             f"\nA copy on this card moves {rate:.2f} TB/s, read and written; "
@@ -407,6 +407,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ablations.json": lambda record: ablations(record, table),
     "ablations_needles.json": lambda record: ablations(record, table, "Ablations on needles"),
     "ops_gpu.json": ops_on_a_gpu,
+    "ops_gpu_before.json": lambda record: ops_on_a_gpu(record, ", the kernels before"),
+    "models_gpu_f256.json": lambda record: models_on_a_gpu(record, ": F = 256 with the present kernels"),
     "models_gpu_h100.json": lambda record: models_on_a_gpu(record, ", an H100"),
     "models_gpu_h100_windows.json": lambda record: models_on_a_gpu(record, ", an H100: mal and windows"),
     "models_gpu_h100_chunk16.json": lambda record: models_on_a_gpu(record, ", an H100: chunks of 16"),

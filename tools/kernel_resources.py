@@ -40,9 +40,9 @@ from titans.ops.kernels.mlp_backward import (
     mlp_read_backward_1,
     mlp_read_backward_1a,
     mlp_read_backward_2,
-    mlp_write_backward,
 )
 from titans.ops.kernels.mlp_forward import mlp_read, mlp_write
+from titans.ops.kernels.mlp_write_backward import mlp_write_backward
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "kernel_resources.json"

@@ -22,7 +22,7 @@ from titans.ops.kernels.plan import Groups
 from titans.ops.spec import MemorySpec
 
 # Three stages of loads where all waits for the chain of chunks (docs/kernels.md). With one Triton 3.6 goes
-# past its memory, or is wrong. Two stages with heads of 128: then two programs fit into a core's memory.
+# past its memory, or is wrong. Two for heads of 128 in chunks of 64: then two programs share a core's memory.
 WRITE = Launch(warps=4, stages=3, block=32)
 READ = Launch(warps=4, stages=2, block=64)
 READ_BACKWARD = Launch(warps=4, stages=1, block=64)
@@ -33,7 +33,7 @@ FINISH = Launch(warps=4, stages=1, block=64)
 @lru_cache
 def serial_launch(launch: Launch, dim: int, chunk_size: int, exact: bool, crowded: bool) -> Launch:
     """exact: fp32 tiles are twice as large, three of each do not fit into shared memory."""
-    if exact or dim > 64:
+    if exact or (dim > 64 and chunk_size >= 64):
         return replace(launch, stages=2)
     return replace(launch, warps=2) if crowded and (dim, chunk_size) == (64, 64) else launch
 

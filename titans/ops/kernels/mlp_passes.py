@@ -18,9 +18,9 @@ from titans.ops.kernels.mlp_backward import (
     mlp_read_backward_1,
     mlp_read_backward_1a,
     mlp_read_backward_2,
-    mlp_write_backward,
 )
 from titans.ops.kernels.mlp_forward import mlp_read, mlp_write
+from titans.ops.kernels.mlp_write_backward import mlp_write_backward
 from titans.ops.kernels.plan import Groups, ceil_div
 from titans.ops.spec import MemorySpec
 
