@@ -63,7 +63,7 @@ def first_block(step, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def carry_gates(gates, slots, MOMENTUM: tl.constexpr):
+def carry_gates(gates, slots):
     """Weights of a chunk's gradients in its last W and S; of W in W, of S in W and of S in S."""
     C: tl.constexpr = slots.shape[0]
     theta = tl.load(gates + THETA * C + slots)
@@ -110,7 +110,8 @@ def mlp_write(
     `sum_of_parts` and `place_of`.
     AGAIN: the backward's, grid (segments x rows x H x F / BF), all segments at once from their kept states.
     Stores what only the backward reads: act', act'' times the gradient G2 W2^T, normed, GN and, of each row
-    `[3, C]`, rstd, GN's mean and its mean along normed."""
+    `[3, C]`, rstd, GN's mean and its mean along normed.
+    AHEAD: each program has a core to itself, and registers to load early what a chunk needs late."""
     PARTS: tl.constexpr = F // BF
     place = place_of(arrived, PARTS)
     part, unit = place % PARTS, place // PARTS
@@ -182,8 +183,8 @@ def mlp_write(
             K_DC = tl.load(k + rows + slots[None, :] * (H * D) + of_D[:, None], mask=real[None, :], other=0.0)
             S1 = tl.load(S1_start + here + tile)
             S2 = tl.load(S2_start + here + tile)
-            weights1 = carry_gates(vectors1 + at * ROWS * C, slots, MOMENTUM)
-            weights2 = carry_gates(vectors2 + at * ROWS * C, slots, MOMENTUM)
+            weights1 = carry_gates(vectors1 + at * ROWS * C, slots)
+            weights2 = carry_gates(vectors2 + at * ROWS * C, slots)
         K_CD = tl.load(k + rows + at_CD, mask=real[:, None], other=0.0)
         target = tl.load(v + rows + at_CD, mask=real[:, None], other=0.0)
         if AGAIN:
@@ -196,6 +197,8 @@ def mlp_write(
         tl.store(written_out + hidden + tile_CB, hidden_C)
         if AGAIN:
             tl.store(slope_out + hidden + tile_CB, slope_C)
+        # From memory, as G2 and G1 below: a product whose result feeds another in registers is laid out for
+        # four warps, and eight take every row twice.
         tl.debug_barrier()
         hidden_C = tl.load(written_out + hidden + tile_CB)
         Z2_CD = matmul(hidden_C, tl.trans(anchor2), PRECISION)
@@ -258,7 +261,7 @@ def mlp_write(
         if not AHEAD:
             K_DC = tl.load(k + rows + slots[None, :] * (H * D) + of_D[:, None], mask=real[None, :], other=0.0)
             S1 = tl.load(S1_start + here + tile)
-            weights1 = carry_gates(vectors1 + at * ROWS * C, slots, MOMENTUM)
+            weights1 = carry_gates(vectors1 + at * ROWS * C, slots)
         W1 = move(
             W1,
             S1,
@@ -276,7 +279,7 @@ def mlp_write(
         G2_DC = tl.load(G2_out + at * C * D + slots[None, :] * D + of_D[:, None])
         if not AHEAD:
             S2 = tl.load(S2_start + here + tile)
-            weights2 = carry_gates(vectors2 + at * ROWS * C, slots, MOMENTUM)
+            weights2 = carry_gates(vectors2 + at * ROWS * C, slots)
         W2 = move(
             W2, S2, S2_start + then, S2_state + state, last, tile, G2_DC, hidden_C, weights2, MOMENTUM, AGAIN,
             PRECISION,

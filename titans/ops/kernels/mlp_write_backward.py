@@ -48,7 +48,8 @@ def mlp_write_backward(
     NORM: tl.constexpr, MOMENTUM: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows x H x F / BF), see `mlp_write`. complete_Z1 and complete_G2 get the gradients of the
-    written Z1 and of G2, `*_end` those of the state at the chunk's end."""
+    written Z1 and of G2, `*_end` those of the state at the chunk's end. AHEAD: each program has a core to
+    itself."""
     PARTS: tl.constexpr = F // BF
     place = place_of(arrived, PARTS)
     part, row, head = place % PARTS, place // PARTS // H, place // PARTS % H
@@ -70,6 +71,8 @@ def mlp_write_backward(
         tl.debug_barrier()
     for index in range(low, high):
         n = (low + high - 1 - index) ^ unseen_zero(index, 0)
+        # 1, which the compiler cannot know: of a sum of two products it would make one the accumulator of the
+        # other, and lay the first out for four warps (`mlp_write`).
         one = (index >= low).to(tl.float32)
         at = (base + n * stride - group_start) * H + head
         here = at * D * F + part * BF
