@@ -7,6 +7,8 @@ the write of token s still weighs at token t.
 import triton
 import triton.language as tl
 
+from titans.ops.kernels.support import interpreted
+
 # Rows of `gate_vectors`' output, `[cells, H, ROWS, C]` fp32.
 BETA = tl.constexpr(0)  # weight of the chunk's first W in W_t
 FEED = tl.constexpr(1)  # weight of the chunk's first S in W_t
@@ -21,6 +23,7 @@ END = tl.constexpr(
 ROWS = tl.constexpr(8)
 
 NORM_EPS = tl.constexpr(1e-6)
+PREFETCH = tl.constexpr(not interpreted())  # which knows no such instruction
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Arguments that change with lengths and batches: Triton would compile anew for 1 and for multiples of 16.
@@ -62,12 +65,13 @@ def chunks_of_segment(base, low, high, stride, group_start, segment, number):
 @triton.jit
 def fetch_lines(tile, rows, stride, WIDTH: tl.constexpr):
     """Asks for rows of WIDTH numbers, `stride` numbers apart, to be brought into the L2 cache."""
-    LINE: tl.constexpr = 1024 // tile.dtype.element_ty.primitive_bitwidth
-    lines = tl.arange(0, max(WIDTH // LINE, 1)) * LINE
-    addresses = (tile + (rows[:, None] * stride + lines[None, :])).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], tl.int32, is_pure=False, pack=1
-    )
+    if PREFETCH:
+        LINE: tl.constexpr = 1024 // tile.dtype.element_ty.primitive_bitwidth
+        lines = tl.arange(0, max(WIDTH // LINE, 1)) * LINE
+        addresses = (tile + (rows[:, None] * stride + lines[None, :])).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -169,7 +169,7 @@ class MLPGroup:
 
     def _alone(self, segments: int = 1) -> bool:
         """Whether every program of a serial kernel has a core to itself, and waits for its own chain only."""
-        return not self.call.one_after_another and self._programs(segments)[0] <= self.PROGRAMS
+        return self._programs(segments)[0] <= self.PROGRAMS
 
     def write(self, weights: Tensors, momentum: Tensors, first: Tensors, end: Tensors, kept: Tensors) -> None:
         """Moves weights and momentum on to the end of the group, in place. kept: [], or gets its segments."""
