@@ -246,17 +246,21 @@ ON_THE_CARD = {
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("cores", ["free", "full"])
-@pytest.mark.parametrize("chunk_size", [16, 32, 64])
-@pytest.mark.parametrize("case", ON_THE_CARD)
-def test_error_budget_in_bf16(case, chunk_size, cores, monkeypatch):
-    """The contract's ceilings, every configuration that can be chosen: the serial kernels' depends on the
-    number of programs. T = 70: with chunks of 16 and random tokens the dynamics turn chaotic later, in any
-    precision."""
-    if cores == "full":
+@pytest.fixture(params=["free", "full"])
+def cores(request, monkeypatch):
+    """The serial kernels' launches depend on the number of programs: as few, and as if there were many."""
+    if request.param == "full":
         monkeypatch.setattr(MLPGroup, "PROGRAMS", 0)
         monkeypatch.setattr(LinearGroup, "CROWD", 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cores")
+@pytest.mark.parametrize("chunk_size", [16, 32, 64])
+@pytest.mark.parametrize("case", ON_THE_CARD)
+def test_error_budget_in_bf16(case, chunk_size):
+    """The contract's ceilings, every configuration that can be chosen. T = 70: with chunks of 16 and random
+    tokens the dynamics turn chaotic later, in any precision."""
     spec = ON_THE_CARD[case]
     if spec.depth == 2 and (spec.dim, spec.expansion, chunk_size) in OVER_BUDGET:
         pytest.skip("refused, see support.py")
@@ -267,13 +271,10 @@ def test_error_budget_in_bf16(case, chunk_size, cores, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cores", ["free", "full"])
+@pytest.mark.usefixtures("cores")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 @pytest.mark.parametrize("case", ["linear 64", "linear 128", "mlp 64 x 1", "mlp 64 x 4", "mlp 128 x 4"])
-def test_error_budget_in_other_dtypes(case, dtype, cores, monkeypatch):
-    if cores == "full":
-        monkeypatch.setattr(MLPGroup, "PROGRAMS", 0)
-        monkeypatch.setattr(LinearGroup, "CROWD", 0)
+def test_error_budget_in_other_dtypes(case, dtype):
     inputs = random_inputs(ON_THE_CARD[case], tokens=70, chunk_size=64, forget=0.02, step=0.1)
     worst, output = worst_error(inputs, dtype, "cuda")
     assert output < (FP32 if dtype == torch.float32 else 5e-3)

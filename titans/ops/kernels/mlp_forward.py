@@ -159,7 +159,7 @@ def mlp_write(
                 tl.store(kept_S1 + kept + share, S1)
                 tl.store(kept_S2 + kept + share, S2)
     if AHEAD:
-        tl.debug_barrier()
+        tl.debug_barrier()  # the first chunk may load S in another layout
     for index in range(low, high):
         n = index ^ unseen_zero(index, 0)
         zero = unseen_zero(index, 1)

@@ -26,7 +26,7 @@ CHUNKS = (16, 32, 64)
 MLP_CHUNKS = (16, 32, 64)
 EXPANSIONS = (1, 2, 4)
 # Width of a head, expansion, chunk of two layers at the error budget on the card (0.02 of a gradient's RMS in
-# bf16): 0.0199 of log decay's, and with the kernels before (each product's operands scaled) 0.026.
+# bf16), by its gradient of log decay.
 OVER_BUDGET = ((128, 1, 64),)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Tokens of a convolution: what the kernels take, and what of that was checked on a card.
