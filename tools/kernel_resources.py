@@ -27,13 +27,19 @@ from triton.compiler import ASTSource
 from titans.benchmark.harness import commit
 from titans.ops.kernels import layer_conv, layer_conv_wide, layer_norm, linear_passes, mlp_passes
 from titans.ops.kernels.gates import gate_vectors
-from titans.ops.kernels.launch import Launch
+from titans.ops.kernels.launch import GATES, Launch
 from titans.ops.kernels.linear import (
     linear_finish,
     linear_read,
     linear_read_backward,
     linear_write,
     linear_write_backward,
+)
+from titans.ops.kernels.linear_scan import (
+    linear_carry,
+    linear_carry_backward,
+    linear_scan,
+    linear_scan_backward,
 )
 from titans.ops.kernels.mlp_backward import (
     mlp_finish,
@@ -52,7 +58,7 @@ INDICES = {"table": "*i64", "cell_row": "*i32", "arrived": "*i32"}
 # Gates, the state between groups, the LN and the gradients of these are fp32 for every dtype of q, k and v.
 FP32 = re.compile(
     r"vectors\d?|(grad_)?(gain|bias|weight|theta|log_decay|log_momentum|first\d|end\d)|rows_(in|out)|gate_parts\d?|exchange"
-    r"|kept_(W\d?|S)|slopes|\w+_(state|anchor)"
+    r"|kept_(W\d?|S)|transitions|slopes|\w+_(state|anchor)"
 )
 
 
@@ -66,6 +72,7 @@ class Configuration:
     warps: int
     stages: int
     dtype: str = "bf16"
+    registers: int | None = None  # at most
 
     def signature(self) -> dict[str, str]:
         def type_of(argument: str) -> str:
@@ -80,38 +87,44 @@ class Configuration:
 
 def compiled_kernels() -> Iterator[Configuration]:
     """The table: chunk 64 and 16, linear and two layers, and float32, which tensor cores do not multiply."""
-    serial = {linear_write: linear_passes.WRITE, linear_write_backward: linear_passes.WRITE_BACKWARD}
-    parallel = {
-        linear_read: linear_passes.READ,
-        linear_read_backward: linear_passes.READ_BACKWARD,
-        linear_finish: linear_passes.FINISH,
+    serial = {
+        linear_write: linear_passes.WRITE,
+        linear_write_backward: linear_passes.WRITE_BACKWARD,
+        linear_carry: linear_passes.CARRY,
+        linear_carry_backward: linear_passes.CARRY,
     }
     for dtype, D, C in (("bf16", 64, 64), ("bf16", 128, 64), ("bf16", 64, 16), ("fp32", 64, 16)):
         for kernel, launch in serial.items():
             launch = linear_passes.serial_launch(launch, D, C, dtype == "fp32", crowded=False)
             yield _configuration(kernel, launch, dtype, {"D": D, "BV": min(launch.block, D), "C": C})
+        parallel = {
+            linear_read: linear_passes.READ,
+            linear_read_backward: linear_passes.read_backward_launch(D, C),
+            linear_finish: linear_passes.finish_launch(D, C, dtype == "fp32"),
+        }
         for kernel, launch in parallel.items():
-            if kernel is not linear_read:
-                launch = linear_passes.parallel_launch(launch, D, C)
             yield _configuration(kernel, launch, dtype, {"D": D, "BV": min(launch.block, D), "C": C})
+        for kernel in (linear_scan, linear_scan_backward) if (C, dtype) != (16, "bf16") else ():
+            launch = linear_passes.scan_launch(D, dtype == "fp32")
+            yield _configuration(kernel, launch, dtype, {"D": D, "BV": launch.block})
     serial = {mlp_write: mlp_passes.write_launch, mlp_write_backward: mlp_passes.write_backward_launch}
-    parallel = {
-        mlp_read: mlp_passes.READ,
-        mlp_read_backward_2: mlp_passes.READ_BACKWARD_2,
-        mlp_read_backward_1: mlp_passes.READ_BACKWARD_1,
-        mlp_read_backward_1a: mlp_passes.READ_BACKWARD_1,
-        mlp_finish: mlp_passes.FINISH,
-    }
     for D, F, C in ((64, 64, 64), (64, 256, 64), (64, 64, 16)):
         for kernel, launch_for in serial.items():
             for alone in (False, True):
                 launch = launch_for(C, alone)
                 sizes = {"D": D, "F": F, "BF": min(launch.block, F), "C": C, "AHEAD": alone}
                 yield _configuration(kernel, launch, "bf16", sizes, " alone" if alone else "")
+        parallel = {
+            mlp_read: mlp_passes.READ,
+            mlp_read_backward_2: mlp_passes.READ_BACKWARD_2,
+            mlp_read_backward_1: mlp_passes.READ_BACKWARD_1,
+            mlp_read_backward_1a: mlp_passes.READ_BACKWARD_1,
+            mlp_finish: mlp_passes.finish_launch(D, C, exact=False),
+        }
         for kernel, launch in parallel.items():
             yield _configuration(kernel, launch, "bf16", {"D": D, "F": F, "BF": min(launch.block, F), "C": C})
     for C in (16, 64):
-        yield _configuration(gate_vectors, Launch(warps=4, stages=3), "bf16", {"C": C})
+        yield _configuration(gate_vectors, GATES, "bf16", {"C": C})
     layer = {
         layer_conv.conv_forward: layer_conv.FORWARD,
         layer_conv.conv_backward: layer_conv.BACKWARD,
@@ -139,13 +152,15 @@ def _configuration(
         "EXACT": exact,
         "KEEP": True,
         "AGAIN": False,
+        "LEAVE": True,
+        "SEGMENTS": False,
         "PRECISION": "ieee" if exact else "tf32",
         "ACT": "gelu",
     }
     constants = {key: value for key, value in {**sizes, **options}.items() if key in kernel.arg_names}
     label = " ".join(f"{key}{sizes[key]}" for key in ("D", "F", "C") if key in sizes)
     name = f"{kernel.__name__} {label} {dtype}{suffix}"
-    return Configuration(name, kernel, constants, launch.warps, launch.stages, dtype)
+    return Configuration(name, kernel, constants, launch.warps, launch.stages, dtype, launch.registers)
 
 
 def _layer_configuration(kernel: Any, launch: Launch, heads: int, dim: int) -> Configuration:
@@ -172,6 +187,8 @@ def resources(configuration: Configuration) -> dict[str, int]:
     }
     source = ASTSource(configuration.kernel, signature, configuration.constants, aligned)
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages, "enable_fp_fusion": True}
+    if configuration.registers is not None:
+        options["maxnreg"] = configuration.registers
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     usage = _resource_usage(compiled.asm["cubin"])
     return {

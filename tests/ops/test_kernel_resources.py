@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 RECORD = json.loads((ROOT / "results" / "kernel_resources.json").read_text())
 SHARED_BYTES = 227 * 1024  # that a block may have on sm_90
 SPILL_SLACK = 64  # bytes a thread: 16 registers, more than reordering a few lines moves
-ONLY = ("C16 bf16", "layer")  # every kernel once: 20 seconds
+ONLY = ("C16 bf16", "scan D64 bf16", "scan_backward D64 bf16", "layer")  # every kernel once: 20 seconds
 SMALL = [name for name in RECORD["kernels"] if any(part in name for part in ONLY)]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler runs on Linux")

@@ -143,7 +143,7 @@ def test_every_segment_has_a_slot_of_its_own():
                 starts = [n for n, step in enumerate(steps) if n == 0 or step % groups.segment == 0]
                 slots += [(steps[n] // groups.segment) * plan.stride + row for n in starts]
             assert len(set(slots)) == len(slots)
-            assert max(slots) < groups.slots
+            assert max(slots) < groups.slots(groups.sizes.cells)
 
 
 @pytest.mark.parametrize("gate", ["log_decay", "log_momentum"])

@@ -50,9 +50,10 @@ def chunks_of_group(base, count, stride, group_start, group_end):
 
 
 @triton.jit
-def slot_of_segment(base, n, stride, segment, row):
-    """Where the state at the start of chunk n, the first one of a segment, is kept (`plan.Groups`)."""
-    return (base // stride + n) // segment * stride + row
+def slot_of_segment(base, n, stride, group_start, segment, row):
+    """Where the state at the start of the segment of chunk n is kept, among the slots of its group
+    (`plan.Groups`)."""
+    return (base // stride + n - group_start // stride) // segment * stride + row
 
 
 @triton.jit
@@ -60,6 +61,14 @@ def chunks_of_segment(base, low, high, stride, group_start, segment, number):
     """Those of a row's chunks low to high that lie in a group's segment of that number."""
     start = group_start // stride + number * segment - base // stride
     return tl.maximum(low, start), tl.minimum(high, start + segment)
+
+
+@triton.jit
+def segment_of(base, n, stride, segment):
+    """First chunk of the segment in which chunk n lies, and of the next one. Windows start with the groups,
+    so all of them lie at multiples of `segment`."""
+    start = (base // stride + n) // segment * segment - base // stride
+    return start, start + segment
 
 
 @triton.jit
@@ -85,12 +94,31 @@ def matmul_add(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _then(factor, value, next_factor, next_value):
+    return factor * next_factor, next_factor * value + next_value
+
+
+@triton.jit
+def carry_forward(factor, value):
+    """y_t = factor_t y_{t-1} + value_t, over a chunk's slots."""
+    _, result = tl.associative_scan((factor, value), 0, _then)
+    return result
+
+
+@triton.jit
+def carry_back(factor, value):
+    """y_t = factor_t y_{t+1} + value_t."""
+    _, result = tl.associative_scan((factor, value), 0, _then, reverse=True)
+    return result
+
+
+@triton.jit
 def products(log_gate, C: tl.constexpr, EXACT: tl.constexpr):
     """exp(sum of log_gate over s < j <= t), `[t, s]`, 0 above the diagonal.
 
     By exp2: `tl.exp` spends three more instructions on results below 1e-38. EXACT sums for every s on its
-    own. Differences of one running sum cost a fourth of the time in `gate_vectors` and are good to 6e-8 of
-    the sum; -inf is taken as -100 (exp: 0 or 4e-44), or it would make NaN.
+    own. Differences of one running sum cost a fourth of that and are good to 6e-8 of the sum; -inf is taken
+    as -100 (exp: 0 or 4e-44), or it would make NaN.
     """
     t = tl.arange(0, C)[:, None]
     s = tl.arange(0, C)[None, :]

@@ -24,7 +24,8 @@ from titans.ops.kernels.functions import (
     ROWS,
     SIZES,
     THETA,
-    compose,
+    carry_back,
+    carry_forward,
     products,
     products_transposed,
     row_of,
@@ -42,10 +43,10 @@ GRAD_ROWS = tl.constexpr(4)
 def gate_vectors(
     theta, log_decay, log_momentum, vectors, table, cell_row,
     num_rows, group_start, stride,
-    H: tl.constexpr, SETS: tl.constexpr, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr,
+    H: tl.constexpr, SETS: tl.constexpr, C: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cells, H, SETS). Gates `[B, T, H, SETS]` fp32 -> vectors `[SETS, cells, H, ROWS, C]`."""
-    cell, head, gate_set = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (cells x H, SETS). Gates `[B, T, H, SETS]` fp32 -> vectors `[SETS, cells, H, ROWS, C]`."""
+    cell, head, gate_set = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
     step = (group_start + cell - base) // stride
@@ -57,27 +58,26 @@ def gate_vectors(
     at = (token * H + head) * SETS + gate_set
     step_size = tl.load(theta + at, mask=real, other=0.0)
     log_a = tl.load(log_decay + at, mask=real, other=0.0)
-    decay_CC = products(log_a, C, EXACT)
     last = tl.minimum(end - first - step * C, C) - 1
-    is_last = slots == last
+    is_last = tl.where(slots == last, 1.0, 0.0)
+    has_next, of_next = (token + 1 >= begin) & (slots < last), at + H * SETS
+    next_decay = tl.exp(tl.load(log_decay + of_next, mask=has_next, other=0.0))
+    last_decay = carry_back(next_decay, is_last)
     beta = tl.exp(tl.cumsum(log_a, 0))
-    last_decay = tl.sum(tl.where(is_last[:, None], decay_CC, 0.0), 0)
-    out = vectors + ((gate_set * tl.num_programs(0).to(tl.int64) + cell) * H + head) * ROWS * C
-    ends = tl.where(slots == 0, tl.sum(tl.where(is_last, beta, 0.0), 0), 0.0)
+    out = vectors + (gate_set * tl.num_programs(0).to(tl.int64) + tl.program_id(0)) * ROWS * C
+    ends = tl.where(slots == 0, tl.sum(is_last * beta, 0), 0.0)
+    last_weight = last_decay
     if MOMENTUM:
         log_e = tl.load(log_momentum + at, mask=real, other=0.0)
-        momentum_CC = products(log_e, C, EXACT)
+        next_momentum = tl.exp(tl.load(log_momentum + of_next, mask=has_next, other=0.0))
         hold = tl.where(real, tl.exp(tl.cumsum(log_e, 0)), 0.0)
-        feed = tl.sum(decay_CC * hold[None, :], 1)
-        last_momentum = tl.sum(tl.where(is_last[:, None], momentum_CC, 0.0), 0)
-        last_weight = tl.sum(tl.where(real, last_decay, 0.0)[:, None] * momentum_CC, 0)
-        ends += tl.where(slots == 1, tl.sum(tl.where(is_last, feed, 0.0), 0), 0.0)
-        ends += tl.where(slots == 2, tl.sum(tl.where(is_last, hold, 0.0), 0), 0.0)
+        feed = carry_forward(tl.exp(log_a), hold)
+        last_weight = carry_back(next_momentum, tl.where(real, last_decay, 0.0))
+        ends += tl.where(slots == 1, tl.sum(is_last * feed, 0), 0.0)
+        ends += tl.where(slots == 2, tl.sum(is_last * hold, 0), 0.0)
         tl.store(out + FEED * C + slots, feed)
-        tl.store(out + LAST_S * C + slots, tl.where(real, last_momentum, 0.0))
+        tl.store(out + LAST_S * C + slots, tl.where(real, carry_back(next_momentum, is_last), 0.0))
         tl.store(out + LOG_MOMENTUM * C + slots, log_e)
-    else:
-        last_weight = last_decay
     tl.store(out + BETA * C + slots, beta)
     tl.store(out + LAST_W * C + slots, tl.where(real, last_weight, 0.0))
     tl.store(out + THETA * C + slots, step_size)
@@ -87,36 +87,28 @@ def gate_vectors(
 
 @triton.jit
 def read_gate_gradients(
-    grad_mix_CC, grad_feed, grad_row, vectors, out, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT:
-    tl.constexpr ):  # fmt: skip
-    """From the reads of one layer: grad_mix is that of A theta `[t, i]`, grad_feed that of c,
-    grad_row `<gradient of the read at t, what it read>`."""
+    grad_mix_CC, mix_CC, vectors, out, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr
+):
+    """What the reads of one layer leave through A (mix_CC `[t, i]`); grad_mix is the gradient of A theta.
+    GRAD_ROW and GRAD_FEED are the caller's."""
     slots = tl.arange(0, C)
-    theta = tl.load(vectors + THETA * C + slots)
-    decay_CC = products(tl.load(vectors + LOG_DECAY * C + slots), C, EXACT)
+    tl.store(out + GRAD_THETA * C + slots, tl.sum(grad_mix_CC * mix_CC, 0))
+    grad_CC = grad_mix_CC * tl.load(vectors + THETA * C + slots)[None, :]
     if MOMENTUM:
         log_e = tl.load(vectors + LOG_MOMENTUM * C + slots)
-        mix_CC = compose(decay_CC, products(log_e, C, EXACT), EXACT)
-    else:
-        mix_CC = decay_CC
-    tl.store(out + GRAD_THETA * C + slots, tl.sum(grad_mix_CC * mix_CC, 0))
-    tl.store(out + GRAD_ROW * C + slots, grad_row)
-    grad_CC = grad_mix_CC * theta[None, :]
-    if MOMENTUM:
         # fp32 or tf32: log eta's gradient is a difference of two large sums.
         if EXACT:
             grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="ieee")
         else:
             grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="tf32")
-        tl.store(out + GRAD_FEED * C + slots, grad_feed)
+    decay_CC = products(tl.load(vectors + LOG_DECAY * C + slots), C, EXACT)
     tl.store(out + GRAD_COLUMN * C + slots, tl.sum(decay_CC * grad_CC, 0))
 
 
 @triton.jit
 def finish_gate_gradients(
     grad_theta, grad_row, grad_column, grad_feeds, grad_last_W, grad_last_S, grad_beta, grad_feed, grad_hold,
-    vectors, theta_out, decay_out, momentum_out, at, real, last,
-    C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr,
+    vectors, theta_out, decay_out, momentum_out, at, real, last, C: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
     """Adds the carry's share (its gates are those of the chunk's last token) and stores the gradients of
     theta, log_decay and log_momentum at `at`. grad_last_W and grad_last_S are gradients of
@@ -128,8 +120,9 @@ def finish_gate_gradients(
     last_W = tl.load(vectors + LAST_W * C + slots)
     beta_end = tl.load(vectors + END * C)
     is_last = slots == last
-    decay_CC = products(log_a, C, EXACT)
-    last_decay = tl.sum(tl.where(is_last[:, None], decay_CC, 0.0), 0)
+    has_next = slots < C - 1
+    next_decay = tl.exp(tl.load(vectors + LOG_DECAY * C + slots + 1, mask=has_next, other=0.0))
+    last_decay = carry_back(next_decay, tl.where(is_last, 1.0, 0.0))
     grad_theta += grad_last_W * last_W
     grad_A = grad_last_W * theta
     at_end = tl.sum(grad_A * last_W, 0) + beta_end * grad_beta
@@ -139,11 +132,10 @@ def finish_gate_gradients(
         feed_end = tl.load(vectors + END * C + 1)
         hold_end = tl.load(vectors + END * C + 2)
         hold = tl.where(real, tl.exp(tl.cumsum(log_e, 0)), 0.0)
-        momentum_CC = products(log_e, C, EXACT)
         grad_theta += grad_last_S * last_S
         at_end += feed_end * grad_feed
-        grad_column += hold * tl.sum(decay_CC * grad_feeds[:, None], 0)
-        grad_column += last_decay * (tl.sum(momentum_CC * grad_A[None, :], 1) + grad_feed * hold)
+        grad_column += hold * carry_back(next_decay, grad_feeds)
+        grad_column += last_decay * (carry_forward(tl.exp(log_e), grad_A) + grad_feed * hold)
         at_momentum_end = tl.sum(grad_last_S * theta * last_S, 0) + hold_end * grad_hold
         of_log_e = grad_column - theta * grad_theta + tl.where(is_last, at_momentum_end, 0.0)
         of_log_e = tl.cumsum(tl.where(real, of_log_e, 0.0), 0, reverse=True)

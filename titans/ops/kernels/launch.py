@@ -19,18 +19,21 @@ from titans.ops.spec import MemorySpec
 
 @dataclass(frozen=True)
 class Launch:
-    """warps and pipeline stages of a kernel, and the width of its column (or hidden) blocks."""
+    """warps and pipeline stages of a kernel, and the width of its column (or hidden) blocks. registers: of a
+    thread, at most (None: the compiler's choice); 128 let two programs of 8 warps share a core."""
 
     warps: int
     stages: int = 1
     block: int = 64
+    registers: int | None = None
 
     @cached_property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
-GATES = Launch(warps=4)
+GATES = Launch(warps=1)  # two of 64 tokens a thread: its scans stay within the warp
 
 
 @dataclass
@@ -75,6 +78,7 @@ class Call:
             self.vectors = vectors
         self.exact = self.q.dtype == torch.float32
         self.precision = "ieee" if self.exact else "tf32"  # of products of fp32 tiles; half ones ignore it
+        self.scan_precision = "ieee" if self.exact else "tf32x3"  # of a state that passes many segments
 
     @property
     def one_after_another(self) -> bool:
@@ -111,9 +115,9 @@ class Call:
         cells, plan = self.plan.sizes.cells, self.plan
         vectors = self.scratch(self.sets, cells, self.H, ROWS.value, self.C, dtype=torch.float32)
         run_kernel(
-            gate_vectors, (cells, self.H, self.sets), GATES.options,
+            gate_vectors, (cells * self.H, self.sets), GATES.options,
             self.theta, self.log_decay, self.log_momentum, vectors, plan.table, plan.cell_row,
-            plan.rows, 0, plan.stride, self.H, self.sets, self.C, self.momentum, self.exact,
+            plan.rows, 0, plan.stride, self.H, self.sets, self.C, self.momentum,
         )  # fmt: skip
         return vectors
 

@@ -15,8 +15,6 @@ from titans.ops.kernels.functions import (
     FEED,
     LAST_S,
     LAST_W,
-    LOG_DECAY,
-    LOG_MOMENTUM,
     ROWS,
     SIZES,
     THETA,
@@ -26,8 +24,6 @@ from titans.ops.kernels.functions import (
     mixing,
     normalize,
     normalize_backward,
-    products,
-    products_transposed,
     row_of,
 )
 from titans.ops.kernels.gates import (
@@ -37,28 +33,9 @@ from titans.ops.kernels.gates import (
     GRAD_ROWS,
     GRAD_THETA,
     finish_gate_gradients,
+    read_gate_gradients,
 )
 from titans.ops.kernels.mlp_forward import first_block, unseen_zero
-
-
-@triton.jit
-def gate_gradients_of_reads(
-    grad_mix_CC, mix_CC, grad_row, vectors, out, C: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """`read_gate_gradients` with A, which costs a seventh of a kernel, as the caller has it."""
-    slots = tl.arange(0, C)
-    tl.store(out + GRAD_THETA * C + slots, tl.sum(grad_mix_CC * mix_CC, 0))
-    tl.store(out + GRAD_ROW * C + slots, grad_row)
-    grad_CC = grad_mix_CC * tl.load(vectors + THETA * C + slots)[None, :]
-    if MOMENTUM:
-        log_e = tl.load(vectors + LOG_MOMENTUM * C + slots)
-        # fp32 or tf32: log eta's gradient is a difference of two large sums.
-        if EXACT:
-            grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="ieee")
-        else:
-            grad_CC = tl.dot(grad_CC, products_transposed(log_e, C, EXACT), input_precision="tf32")
-    decay_CC = products(tl.load(vectors + LOG_DECAY * C + slots), C, EXACT)
-    tl.store(out + GRAD_COLUMN * C + slots, tl.sum(decay_CC * grad_CC, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -70,10 +47,10 @@ def mlp_read_backward_2(
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, PRECISION:
     tl.constexpr, ):  # fmt: skip
-    """Grid (cells, H). Stores the hidden rows that are read and act' there `[cells, H, C, F]`, and what the
+    """Grid (cells x H). Stores the hidden rows that are read and act' there `[cells, H, C, F]`, and what the
     next kernels must load transposed: the gradient of the reads' Z2 `[cells, H, C, D]`, both layers' -(A
     theta o scores) and the gradient of the second's scores `[cells, H, C, C]`."""
-    cell, head = tl.program_id(0), tl.program_id(1)
+    cell, head = tl.program_id(0) // H, tl.program_id(0) % H
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
     step = (group_start + cell - base) // stride
@@ -145,7 +122,8 @@ def mlp_read_backward_2(
     grad_mix_CC = tl.where(slots[:, None] >= slots[None, :], -products_CC * scores2_CC, 0.0)
     parts = gate_parts2 + at * GRAD_ROWS * C
     grad_row = tl.sum(dZ2_CD * Z2_CD, 1)
-    gate_gradients_of_reads(grad_mix_CC, mix2_CC, grad_row, gates2, parts, C, MOMENTUM, EXACT)
+    tl.store(parts + GRAD_ROW * C + slots, grad_row)
+    read_gate_gradients(grad_mix_CC, mix2_CC, gates2, parts, C, MOMENTUM, EXACT)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -156,9 +134,9 @@ def mlp_read_backward_1a(
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cells, H). Back through the second layer's reads: gradients of G2, of the written hidden rows, of
-    the second layer's states and of the reads' Z1."""
-    cell, head = tl.program_id(0), tl.program_id(1)
+    """Grid (cells x H). Back through the second layer's reads: gradients of G2, of the written hidden rows,
+    of the second layer's states and of the reads' Z1."""
+    cell, head = tl.program_id(0) // H, tl.program_id(0) % H
     row = tl.load(cell_row + group_start + cell)
     _, _, _, base, count = row_of(table, row, num_rows)
     step = (group_start + cell - base) // stride
@@ -215,9 +193,9 @@ def mlp_read_backward_1(
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cells, H). Back through the first layer's reads: grad_q and the gradients of the keys
+    """Grid (cells x H). Back through the first layer's reads: grad_q and the gradients of the keys
     (`grad_K_reads [cells, H, D, C]`), of G1, of the first layer's states and of the gates."""
-    cell, head = tl.program_id(0), tl.program_id(1)
+    cell, head = tl.program_id(0) // H, tl.program_id(0) % H
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
     step = (group_start + cell - base) // stride
@@ -275,7 +253,8 @@ def mlp_read_backward_1(
     dK_DC = matmul(Q_DC, dscores1_CC, PRECISION)
     tl.store(grad_K_reads + at * D * C + of_D[:, None] * C + slots[None, :], dK_DC.to(dtype))
     parts = gate_parts1 + at * GRAD_ROWS * C
-    gate_gradients_of_reads(grad_mix_CC, mix_CC, grad_row, gates1, parts, C, MOMENTUM, EXACT)
+    tl.store(parts + GRAD_ROW * C + slots, grad_row)
+    read_gate_gradients(grad_mix_CC, mix_CC, gates1, parts, C, MOMENTUM, EXACT)
     if MOMENTUM:
         tl.store(parts + GRAD_FEED * C + slots, grad_feed)
 
@@ -289,11 +268,11 @@ def mlp_finish(
     num_rows, group_start, group_end, stride,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cells, H): grad_v, grad_k and the gradients of the gates `[B, T, H, 1 or 2]` fp32. grad_gain and
+    """Grid (cells x H): grad_v, grad_k and the gradients of the gates `[B, T, H, 1 or 2]` fp32. grad_gain and
     grad_bias `[cells, H, D]` fp32, those of the reads, are added to."""
-    cell, head = tl.program_id(0), tl.program_id(1)
+    cell, head = tl.program_id(0) // H, tl.program_id(0) % H
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
     step = (group_start + cell - base) // stride
@@ -398,14 +377,14 @@ def mlp_finish(
             theta_part1 + theta_part2, row_part1 + row_part2, column_part1 + column_part2,
             feed_part1 + feed_part2, last_W1 + last_W2, last_S1 + last_S2, dW_W1 + dW_W2, dW_S1 + dW_S2,
             dS_S1 + dS_S2,
-            gates1, grad_theta, grad_log_decay, grad_log_momentum, out, real, last, C, MOMENTUM, EXACT,
+            gates1, grad_theta, grad_log_decay, grad_log_momentum, out, real, last, C, MOMENTUM,
         )  # fmt: skip
     else:
         finish_gate_gradients(
             theta_part1, row_part1, column_part1, feed_part1, last_W1, last_S1, dW_W1, dW_S1, dS_S1,
-            gates1, grad_theta, grad_log_decay, grad_log_momentum, out * 2, real, last, C, MOMENTUM, EXACT,
+            gates1, grad_theta, grad_log_decay, grad_log_momentum, out * 2, real, last, C, MOMENTUM,
         )  # fmt: skip
         finish_gate_gradients(
             theta_part2, row_part2, column_part2, feed_part2, last_W2, last_S2, dW_W2, dW_S2, dS_S2,
             gates2, grad_theta, grad_log_decay, grad_log_momentum, out * 2 + 1, real, last, C, MOMENTUM,
-            EXACT, )  # fmt: skip
+        )  # fmt: skip

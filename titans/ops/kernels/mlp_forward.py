@@ -127,7 +127,7 @@ def mlp_write(
     state = (row.to(tl.int64) * H + head) * D * F + part * BF
     exchange += unit.to(tl.int64) * 2 * PARTS * C * D
     dtype = k.dtype.element_ty
-    kept = (slot_of_segment(base, low, stride, segment, row) * H + head) * D * F + part * BF
+    kept = (slot_of_segment(base, low, stride, group_start, segment, row) * H + head) * D * F + part * BF
     if AGAIN:
         W1 = tl.load(kept_W1 + kept + share)
         W2 = tl.load(kept_W2 + kept + share)
@@ -302,8 +302,8 @@ def mlp_read(
     RESIDUAL: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, SHARED: tl.constexpr, EXACT:
     tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cells, H). SHARED: both layers have the same gates."""
-    cell, head = tl.program_id(0), tl.program_id(1)
+    """Grid (cells x H). SHARED: both layers have the same gates."""
+    cell, head = tl.program_id(0) // H, tl.program_id(0) % H
     row = tl.load(cell_row + group_start + cell)
     begin, end, first, base, count = row_of(table, row, num_rows)
     step = (group_start + cell - base) // stride

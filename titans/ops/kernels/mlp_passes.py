@@ -39,6 +39,7 @@ READ_BACKWARD_1 = Launch(warps=4, stages=2)
 WRITE_BACKWARD = Launch(warps=4)
 WRITE_BACKWARD_ALONE = Launch(warps=8)  # and where there are 64 rows
 FINISH = Launch(warps=4)
+FINISH_IN_PAIRS = Launch(warps=8, registers=128)  # two programs a core, 16 warps where 4 have 255 registers
 
 
 def write_launch(chunk_size: int, alone: bool) -> Launch:
@@ -47,6 +48,11 @@ def write_launch(chunk_size: int, alone: bool) -> Launch:
 
 def write_backward_launch(chunk_size: int, alone: bool) -> Launch:
     return WRITE_BACKWARD_ALONE if alone or chunk_size >= 64 else WRITE_BACKWARD
+
+
+def finish_launch(dim: int, chunk_size: int, exact: bool) -> Launch:
+    """In pairs where 128 registers hold a thread's share of the tiles: 1.74 ms for 2.00, F = 256, B16."""
+    return FINISH_IN_PAIRS if (dim, chunk_size) == (64, 64) and not exact else FINISH
 
 
 def _states(call: Call, cells: int, anchors: int = 0) -> Tensors:
@@ -79,6 +85,7 @@ class MLPGroup:
     PROGRAMS = 128  # of a serial kernel that a GPU runs at once: one a core
 
     group: tuple[int, int]
+    kept: Tensors  # states at the starts of its segments, where a backward follows
     _vectors: tuple[Tensor, Tensor]  # of the layers' gates: the same where they share them
 
     def __init__(self, call: Call, groups: Groups) -> None:
@@ -94,23 +101,23 @@ class MLPGroup:
     def _allocate_shared(self, parts: int) -> None:
         """What the programs of a head share in the serial kernels, so many of them: one exchange for all
         launches, and for each a row of counters, which start at zero (one launch fills them all)."""
-        call, stride = self.call, self.call.plan.stride
+        call = self.call
         self._arrived: Iterator[Tensor]
         if parts == 1:  # nobody looks at either
             self._exchange = call.scratch(1, dtype=torch.float32)
             self._arrived = repeat(call.scratch(1, dtype=torch.int32))
             return
-        segments = self.groups.segments(self.groups.cells, stride)
+        segments = self.groups.segments(self.groups.cells)
         heads = segments * call.plan.rows * call.H  # of a launch, at most
         self._exchange = call.scratch(heads, 2, parts, call.C, call.D, dtype=torch.float32)
-        launches = sum(max(2, self.groups.segments(end - start, stride)) for start, end in self.groups.bounds)
+        launches = sum(max(2, self.groups.segments(end - start)) for start, end in self.groups.bounds)
         width = ceil_div(1 + heads, 4) * 4  # every row at a multiple of 16 bytes, as `run_kernel` wants it
         counters = torch.zeros(launches, width, dtype=torch.int32, device=call.q.device)
         self._arrived = iter(counters.unbind())
 
-    def take(self, group: tuple[int, int]) -> None:
-        """What follows is about this group."""
-        self.group = group
+    def take(self, group: tuple[int, int], kept: Tensors) -> None:
+        """What follows is about this group. kept: those of the whole call."""
+        self.group, self.kept = group, self.groups.of_group(kept, group)
         vectors = self.call.gate_vectors(group)
         self._vectors = vectors[0], vectors[-1]
 
@@ -171,25 +178,23 @@ class MLPGroup:
         """Whether every program of a serial kernel has a core to itself, and waits for its own chain only."""
         return self._programs(segments)[0] <= self.PROGRAMS
 
-    def write(self, weights: Tensors, momentum: Tensors, first: Tensors, end: Tensors, kept: Tensors) -> None:
-        """Moves weights and momentum on to the end of the group, in place. kept: [], or gets its segments."""
+    def write(self, weights: Tensors, momentum: Tensors, first: Tensors, end: Tensors) -> None:
+        """Moves weights and momentum on to the end of the group, in place."""
         (W1, W2), (S1, S2) = weights, momentum or weights
         states = [W1, S1, W2, S2, *first, *end]
-        segment = self.groups.segment if kept else self._cells  # one
-        for number in range(self.groups.segments(self._cells, self.call.plan.stride) if kept else 1):
-            self._write(states, kept, (segment, number), 1, again=False)
+        segment = self.groups.segment if self.kept else self._cells  # one
+        for number in range(self.groups.segments(self._cells) if self.kept else 1):
+            self._write(states, (segment, number), 1, again=False)
 
-    def write_again(self, first: Tensors, kept: Tensors) -> None:
+    def write_again(self, first: Tensors) -> None:
         """The same from the kept states, with what `backward` needs."""
-        segments = self.groups.segments(self._cells, self.call.plan.stride)
+        segments = self.groups.segments(self._cells)
         states = [first[0]] * 4 + [*first, *first]  # all but `first` are left alone
-        self._write(states, kept, (self.groups.segment, 0), segments, again=True)
+        self._write(states, (self.groups.segment, 0), segments, again=True)
 
-    def _write(
-        self, states: Tensors, kept: Tensors, segment: tuple[int, int], segments: int, again: bool
-    ) -> None:
+    def _write(self, states: Tensors, segment: tuple[int, int], segments: int, again: bool) -> None:
         call, alone = self.call, self._alone(segments)
-        W1, W2, *momentum = kept or self.states[::2]
+        W1, W2, *momentum = self.kept or self.states[::2]
         S1, S2 = momentum or (W1, W2)
         run_kernel(
             mlp_write, self._programs(segments), self._options(write_launch(call.C, alone)),
@@ -197,14 +202,14 @@ class MLPGroup:
             *self.states, self.written, self.G1, self.G2, self.slope, self.bend, self.normed, self.GN,
             self.rows, self._exchange, next(self._arrived),
             *self._serial(), *segment, *self._sizes(self._columns),
-            call.spec.residual, call.spec.norm, call.momentum, bool(kept) and not again, again,
+            call.spec.residual, call.spec.norm, call.momentum, bool(self.kept) and not again, again,
             alone, call.precision,
         )  # fmt: skip
 
     def read(self, output: Tensor) -> None:
         call = self.call
         run_kernel(
-            mlp_read, (self._cells, call.H), self._options(READ),
+            mlp_read, (self._cells * call.H,), self._options(READ),
             call.q, call.k, output, call.gain, call.bias, *self._vectors, *self._tables, *self.states,
             self.written, self.G1, self.G2, *self._parallel(), *self._sizes(READ.block),
             call.spec.residual, call.spec.norm, call.momentum, call.sets == 1, call.exact, call.precision,
@@ -220,7 +225,7 @@ class MLPGroup:
     ) -> None:
         """After `write`: gradients of the tokens go to the call's, those of the state move back in place."""
         call, grads, own = self.call, self.call.grads, self._gradients
-        grid, shared = (self._cells, call.H), call.sets == 1
+        grid, shared = (self._cells * call.H,), call.sets == 1
         of_affine = self._affine()
         gain, bias = of_affine.unbind()
         read = own.G1  # until its place is taken, as the reads' share of Z1
@@ -257,13 +262,13 @@ class MLPGroup:
             call.spec.norm, call.momentum, alone, call.precision,
         )  # fmt: skip
         run_kernel(
-            mlp_finish, grid, self._options(FINISH),
+            mlp_finish, grid, self._options(finish_launch(call.D, call.C, call.exact)),
             call.k, call.v, call.gain, call.bias, grads.k, grads.v, *self._vectors, *self._tables,
             *self.states, self.written, self.G1, self.G2, self.normed, self.rows, own.K, own.Z1,
             own.complete_G2, gain, bias, *own.ends, *own.parts,
             grads.theta, grads.log_decay, grads.log_momentum,
             call.plan.rows, *self.group, call.plan.stride, *self._sizes(FINISH.block),
-            call.spec.residual, call.spec.norm, call.momentum, shared, call.exact, call.precision,
+            call.spec.residual, call.spec.norm, call.momentum, shared, call.precision,
         )  # fmt: skip
         if grads.affine is not None:
             grads.affine += of_affine.sum(1)

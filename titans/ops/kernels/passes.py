@@ -20,7 +20,7 @@ from torch import Tensor
 from titans.ops.chunked.group import ChunkedInputs
 from titans.ops.chunked.passes import ChunkedGradients, ChunkedResult
 from titans.ops.kernels.launch import Call
-from titans.ops.kernels.linear_passes import LinearGroup
+from titans.ops.kernels.linear_passes import LinearGroup, empty_transitions, scans
 from titans.ops.kernels.mlp_passes import MLPGroup
 from titans.ops.kernels.plan import Groups, Sizes
 from titans.ops.kernels.states import States
@@ -62,11 +62,15 @@ def groups_of(x: ChunkedInputs, keep: bool = True) -> Groups:
 
 
 def empty_kept(x: ChunkedInputs, groups: Groups) -> Tensors:
-    """States at the starts of segments: every layer's weights, then momentum, as the kernels hold them."""
-    shape = (groups.slots, x.q.shape[2], *x.spec.layer_shapes[0])
-    momentum = _group_kind(x.spec).momentum_dtype(x.q.dtype)
+    """States at the starts of segments: every layer's weights, then momentum, as the kernels hold them; a
+    linear memory's transitions where it has any (`linear_scan.py`)."""
+    kind, slots, heads = _group_kind(x.spec), groups.slots(groups.sizes.cells), x.q.shape[2]
+    momentum = kind.momentum_dtype(x.q.dtype)
     dtypes = [torch.float32] * len(x.weights) + [momentum] * len(x.momentum)
-    return [x.q.new_empty(shape, dtype=dtype) for dtype in dtypes]
+    kept = [x.q.new_empty(slots, heads, *x.spec.layer_shapes[0], dtype=dtype) for dtype in dtypes]
+    if kind is LinearGroup and scans(groups, groups.cells, x.q.dtype):
+        kept.append(empty_transitions(x.q, slots, len(dtypes)))
+    return kept
 
 
 def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
@@ -78,8 +82,8 @@ def forward_pass(x: ChunkedInputs, keep: bool) -> ChunkedResult:
     kept = empty_kept(x, groups) if keep else []
     buffers = kind(call, groups)
     for group in groups.bounds:
-        buffers.take(group)
-        buffers.write(weights, momentum, first, end, kept)
+        buffers.take(group, kept)
+        buffers.write(weights, momentum, first, end)
         buffers.read(output)
     weights, momentum, anchor = states.leave(weights, momentum, end)
     return ChunkedResult(
@@ -104,8 +108,8 @@ def backward_pass(
     groups = groups_of(x)
     buffers = kind(call, groups)
     for group in reversed(groups.bounds):
-        buffers.take(group)
-        buffers.write_again(first, kept)
+        buffers.take(group, kept)
+        buffers.write_again(first)
         buffers.backward(grad_output, d_weights, d_momentum, d_first, d_end)
     d_weights, d_momentum, d_anchor = states.gradients_leave(
         d_weights, d_momentum, d_first, d_end, grad_anchor

@@ -47,28 +47,36 @@ class Sizes:
         segment = max(1, steps // pieces)
         size = steps // segment * segment * self.stride
         bounds = [(start, min(start + size, self.cells)) for start in range(0, self.cells, size)]
-        windows = ceil_div(self.cells // self.stride, segment)
-        return Groups(bounds, segment, windows * self.stride + self.rows - self.stride)
+        return Groups(bounds, segment, self)
 
 
 @dataclass(frozen=True)
 class Groups:
     """bounds: `[start, end)` of consecutive groups of cells. A segment is what lies of a row in a window of
     so many steps (cells of packed documents); windows start with the group. The forward keeps the state at
-    each one's start, `slots` of them for each head at most, and the backward writes them again side by side.
-    """
+    each one's start, in as many `slots` for each head at most, and the backward writes them again side by
+    side."""
 
     bounds: list[tuple[int, int]]
     segment: int
-    slots: int
+    sizes: Sizes
 
     @property
     def cells(self) -> int:
         """Of the first group, which no other one exceeds."""
         return self.bounds[0][1] - self.bounds[0][0]
 
-    def segments(self, cells: int, stride: int) -> int:
-        return ceil_div(cells // stride, self.segment)
+    def segments(self, cells: int) -> int:
+        return ceil_div(cells // self.sizes.stride, self.segment)
+
+    def slots(self, cells: int) -> int:
+        """Every row that a window reaches has one there."""
+        return (self.segments(cells) - 1) * self.sizes.stride + self.sizes.rows
+
+    def of_group(self, kept: list[Tensor], group: tuple[int, int]) -> list[Tensor]:
+        """Its slots: they begin with those of its first window."""
+        start = self.segments(group[0]) * self.sizes.stride
+        return [tensor[start : start + self.slots(group[1] - group[0])] for tensor in kept]
 
 
 @dataclass(frozen=True)
