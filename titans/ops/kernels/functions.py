@@ -42,6 +42,13 @@ def row_of(table, row, num_rows):
 
 
 @triton.jit
+def program_of(blocks, H: tl.constexpr, num_rows):
+    """Of a serial kernel's only axis (the others end at 65,535): block, head, row and segment."""
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    return block, rest % H, rest // H % num_rows, rest // H // num_rows
+
+
+@triton.jit
 def chunks_of_group(base, count, stride, group_start, group_end):
     """The row's chunks whose cells (base + n stride) lie in the group."""
     low = (tl.maximum(group_start - base, 0) + stride - 1) // stride

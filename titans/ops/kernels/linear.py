@@ -31,6 +31,7 @@ from titans.ops.kernels.functions import (
     chunks_of_segment,
     matmul,
     mixing,
+    program_of,
     row_of,
     slot_of_segment,
 )
@@ -85,20 +86,20 @@ def linear_write(
     RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, KEEP: tl.constexpr, AGAIN: tl.constexpr,
     LEAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (D / BV, rows x H), one segment of the group, the one of that number. W_state and S_state `[rows,
+    """Grid (D / BV x H x rows), one segment of the group, the one of that number. W_state and S_state `[rows,
     H, D, D]` fp32 are read and written. KEEP: kept_W and kept_S `[slots, H, D, D]` fp32 get those at the
-    segment's start. AGAIN: grid (D / BV, segments x rows x H), all segments at once from their kept states.
+    segment's start. AGAIN: grid (D / BV x H x rows x segments), all segments at once from their kept states.
     LEAVE: the state at the group's end is written, and the last anchor; not so in the backward."""
-    head, row = tl.program_id(1) % H, tl.program_id(1) // H % num_rows
+    block, head, row, piece = program_of(D // BV, H, num_rows)
     begin, end, first, base, count = row_of(table, row, num_rows)
     low, last = chunks_of_group(base, count, stride, group_start, group_end)
     if AGAIN:
-        number = tl.program_id(1) // H // num_rows
+        number = piece
     low, high = chunks_of_segment(base, low, last, stride, group_start, segment, number)
     if low >= high:
         return
     slots, of_D = tl.arange(0, C), tl.arange(0, D)
-    columns = tl.program_id(0) * BV + tl.arange(0, BV)
+    columns = block * BV + tl.arange(0, BV)
     tile_DV = of_D[:, None] * D + columns[None, :]
     state = (row.to(tl.int64) * H + head) * D * D
     kept = (slot_of_segment(base, low, stride, group_start, segment, row) * H + head) * D * D
@@ -280,22 +281,21 @@ def linear_write_backward(
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     MOMENTUM: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (D / BV, rows x H), from the last chunk to the first. grad_W and grad_S hold the reads' parts,
+    """Grid (D / BV x H x rows), from the last chunk to the first. grad_W and grad_S hold the reads' parts,
     grad_G is completed, grad_W_end and grad_S_end get the gradients of the state at the chunk's end (buffers
     of their own: threads of a program may store an element before others have loaded it); the `*_state` and
-    `*_anchor` are `[rows, H, D, D]` fp32. SEGMENTS: grid (D / BV, segments x rows x H), all segments at once
+    `*_anchor` are `[rows, H, D, D]` fp32. SEGMENTS: grid (D / BV x H x rows x segments), all segments at once
     from the gradients at their ends in kept_W and kept_S `[slots, H, D, D]` fp32."""
-    head, row = tl.program_id(1) % H, tl.program_id(1) // H % num_rows
+    block, head, row, piece = program_of(D // BV, H, num_rows)
     begin, end, first, base, count = row_of(table, row, num_rows)
     start, high = chunks_of_group(base, count, stride, group_start, group_end)
     low = start
     if SEGMENTS:
-        number = tl.program_id(1) // H // num_rows
-        low, high = chunks_of_segment(base, low, high, stride, group_start, segment, number)
+        low, high = chunks_of_segment(base, low, high, stride, group_start, segment, piece)
     if low >= high:
         return
     slots, of_D = tl.arange(0, C), tl.arange(0, D)
-    columns = tl.program_id(0) * BV + tl.arange(0, BV)
+    columns = block * BV + tl.arange(0, BV)
     tile_DV = of_D[:, None] * D + columns[None, :]
     state = (row.to(tl.int64) * H + head) * D * D
     dtype = k.dtype.element_ty

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,8 +124,8 @@ class LinearGroup:
     def _cells(self) -> int:
         return self.group[1] - self.group[0]
 
-    def _serial_options(self, launch: Launch, grid: tuple[int, int]) -> dict[str, int]:
-        call, crowded = self.call, grid[0] * grid[1] >= self.CROWD
+    def _serial_options(self, launch: Launch, grid: tuple[int]) -> dict[str, int]:
+        call, crowded = self.call, grid[0] >= self.CROWD
         return serial_launch(launch, call.D, call.C, call.exact, crowded).options
 
     def _row_tables(self) -> tuple[Tensor, Tensor]:
@@ -179,11 +180,11 @@ class LinearGroup:
         """The same from the kept states: what `backward` needs."""
         self._write(first * 4, 0, again=True, leave=False)  # all but `first` are left alone
 
-    def _grid(self, block: int, segments: bool) -> tuple[int, int]:
-        """Of a serial kernel."""
+    def _grid(self, block: int, segments: bool, parts: int = 1) -> tuple[int]:
+        """Of a serial kernel: blocks of value columns first (times parts), then heads, rows, segments."""
         call = self.call
         rows = call.plan.rows * (self.groups.segments(self._cells) if segments else 1)
-        return call.D // block, rows * call.H
+        return (parts * (call.D // block) * rows * call.H,)
 
     def _write(self, states: list[Tensor], number: int, again: bool, leave: bool) -> None:
         call, plan = self.call, self.call.plan
@@ -200,40 +201,41 @@ class LinearGroup:
 
     def _scan(self, states: list[Tensor]) -> None:
         """The states at the starts of segments and their transitions, from the state at the group's start."""
-        call, plan = self.call, self.call.plan
-        W, S = _pair(self.kept, call.momentum)
+        call = self.call
         block = min(CARRY.block, call.D)
-        columns, programs = self._grid(block, segments=True)
-        grid = columns * (3 if call.momentum else 2), programs
-        place = (plan.rows, *self.group, plan.stride, self.groups.segment, call.H, call.D)
+        grid = self._grid(block, segments=True, parts=3 if call.momentum else 2)
         run_kernel(
             linear_carry, grid, self._serial_options(CARRY, grid),
-            call.k, call.v, self.vectors, plan.table, *states[:3], W, S, self.kept[-1],
-            *place, block, call.C, call.spec.residual, call.momentum, call.precision,
+            call.k, call.v, self.vectors, call.plan.table, *states[:3],
+            *_pair(self.kept, call.momentum), self.kept[-1],
+            *self._segments(), block, call.C, call.spec.residual, call.momentum, call.precision,
         )  # fmt: skip
-        run_kernel(
-            linear_scan,
-            self._grid(SCAN.block, segments=False), scan_launch(call.D, call.exact).options,
-            W, S, self.kept[-1], plan.table, *place, SCAN.block, call.momentum, call.scan_precision,
-        )  # fmt: skip
+        self._over_segments(linear_scan, self.kept)
 
     def _scan_backward(self, states: list[Tensor], grad_end: Tensor) -> None:
         """The gradients of the state at the ends of segments."""
-        call, plan = self.call, self.call.plan
-        grad_G, grad_W, grad_S, *_ = self._gradients
-        W, S = _pair(self._ends, call.momentum)
+        call = self.call
         block = min(CARRY.block, call.D)
         grid = self._grid(block, segments=True)
-        place = (plan.rows, *self.group, plan.stride, self.groups.segment, call.H, call.D)
         run_kernel(
             linear_carry_backward, grid, self._serial_options(CARRY, grid),
-            call.k, self.vectors, plan.table, *states, grad_end, W, S, grad_G, grad_W, grad_S,
-            *place, block, call.C, call.momentum, call.precision,
+            call.k, self.vectors, call.plan.table, *states, grad_end,
+            *_pair(self._ends, call.momentum), *self._gradients[:3],
+            *self._segments(), block, call.C, call.momentum, call.precision,
         )  # fmt: skip
+        self._over_segments(linear_scan_backward, self._ends)
+
+    def _segments(self) -> tuple[int, ...]:
+        call, plan = self.call, self.call.plan
+        return (plan.rows, *self.group, plan.stride, self.groups.segment, call.H, call.D)
+
+    def _over_segments(self, kernel: Any, states: list[Tensor]) -> None:
+        call = self.call
+        launch = scan_launch(call.D, call.exact)
         run_kernel(
-            linear_scan_backward,
-            self._grid(SCAN.block, segments=False), scan_launch(call.D, call.exact).options,
-            W, S, self.kept[-1], plan.table, *place, SCAN.block, call.momentum, call.scan_precision,
+            kernel, self._grid(launch.block, segments=False), launch.options,
+            *_pair(states, call.momentum), self.kept[-1], call.plan.table,
+            *self._segments(), launch.block, call.momentum, call.scan_precision,
         )  # fmt: skip
 
     def read(self, output: Tensor) -> None:

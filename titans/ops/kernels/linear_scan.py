@@ -26,6 +26,7 @@ from titans.ops.kernels.functions import (
     chunks_of_group,
     chunks_of_segment,
     matmul,
+    program_of,
     row_of,
     segment_of,
     slot_of_segment,
@@ -51,15 +52,15 @@ def linear_carry(
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (parts x D / BV, segments x rows x H); parts: the segment's own writes, P's columns from W, and
+    """Grid (D / BV x parts x H x rows x segments); parts: the segment's own writes, P's columns from W, and
     those from S with momentum. Its own writes leave the state at the next segment's start in kept_W and
     kept_S: complete after the first segment, from zero after others."""
-    part, block = tl.program_id(0) // (D // BV), tl.program_id(0) % (D // BV)
-    head, row = tl.program_id(1) % H, tl.program_id(1) // H % num_rows
+    PARTS: tl.constexpr = 3 if MOMENTUM else 2
+    block, head, row, piece = program_of(PARTS * (D // BV), H, num_rows)
+    part, block = block // (D // BV), block % (D // BV)
     begin, end, first, base, count = row_of(table, row, num_rows)
     start, last = chunks_of_group(base, count, stride, group_start, group_end)
-    number = tl.program_id(1) // H // num_rows
-    low, high = chunks_of_segment(base, start, last, stride, group_start, segment, number)
+    low, high = chunks_of_segment(base, start, last, stride, group_start, segment, piece)
     opens = low == start
     unasked = (high == last) | (opens & (part > 0))
     if (low >= high) | (unasked & ((not opens) | (part > 0))):
@@ -121,12 +122,12 @@ def linear_scan(
     kept_W, kept_S, transitions, table, num_rows, group_start, group_end, stride, segment,
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (D / BV, rows x H): completes the states at the starts of the third segment and later ones."""
-    head, row = tl.program_id(1) % H, tl.program_id(1) // H
+    """Grid (D / BV x H x rows): completes the states at the starts of the third segment and later ones."""
+    block, head, row, _ = program_of(D // BV, H, num_rows)
     _, _, _, base, count = row_of(table, row, num_rows)
     low, high = chunks_of_group(base, count, stride, group_start, group_end)
     of_D = tl.arange(0, D)
-    tile_DV = of_D[:, None] * D + (tl.program_id(0) * BV + tl.arange(0, BV))[None, :]
+    tile_DV = of_D[:, None] * D + (block * BV + tl.arange(0, BV))[None, :]
     SOURCES: tl.constexpr = 2 if MOMENTUM else 1
     tile_DD = of_D[:, None] * (SOURCES * D) + of_D[None, :]
     _, n = segment_of(base, low, stride, segment)  # the second segment
@@ -159,19 +160,18 @@ def linear_carry_backward(
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (D / BV, segments x rows x H). kept_W and kept_S get the gradients of the state at the previous
+    """Grid (D / BV x H x rows x segments). kept_W and kept_S get the gradients of the state at the previous
     segment's end: complete those of the last segment, from zero those of others."""
-    head, row = tl.program_id(1) % H, tl.program_id(1) // H % num_rows
+    block, head, row, piece = program_of(D // BV, H, num_rows)
     begin, end, first, base, count = row_of(table, row, num_rows)
     start, last = chunks_of_group(base, count, stride, group_start, group_end)
-    number = tl.program_id(1) // H // num_rows
-    low, high = chunks_of_segment(base, start, last, stride, group_start, segment, number)
+    low, high = chunks_of_segment(base, start, last, stride, group_start, segment, piece)
     closes = high == last
     unasked = low == start
     if (low >= high) | (unasked & (not closes)):
         return
     slots, of_D = tl.arange(0, C), tl.arange(0, D)
-    columns = tl.program_id(0) * BV + tl.arange(0, BV)
+    columns = block * BV + tl.arange(0, BV)
     tile_DV = of_D[:, None] * D + columns[None, :]
     state = (row.to(tl.int64) * H + head) * D * D
     dtype = k.dtype.element_ty
@@ -217,14 +217,14 @@ def linear_scan_backward(
     kept_W, kept_S, transitions, table, num_rows, group_start, group_end, stride, segment,
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (D / BV, rows x H): completes the gradients at the ends of all segments but the last two."""
-    head, row = tl.program_id(1) % H, tl.program_id(1) // H
+    """Grid (D / BV x H x rows): completes the gradients at the ends of all segments but the last two."""
+    block, head, row, _ = program_of(D // BV, H, num_rows)
     _, _, _, base, count = row_of(table, row, num_rows)
     low, high = chunks_of_group(base, count, stride, group_start, group_end)
     if low >= high:
         return
     of_D = tl.arange(0, D)
-    tile_DV = of_D[:, None] * D + (tl.program_id(0) * BV + tl.arange(0, BV))[None, :]
+    tile_DV = of_D[:, None] * D + (block * BV + tl.arange(0, BV))[None, :]
     SOURCES: tl.constexpr = 2 if MOMENTUM else 1
     transposed_DD = of_D[None, :] * (SOURCES * D) + of_D[:, None]
     _, second = segment_of(base, low, stride, segment)
