@@ -1,9 +1,9 @@
 """Fused GPU kernels in Triton: `impl="triton"`. Importing this module imports Triton; `support` does not.
 
-Reading order: functions.py, gates.py, linear.py, mlp_forward.py, mlp_backward.py, mlp_write_backward.py,
-states.py (device code); plan.py, dispatch.py, launch.py, linear_passes.py, mlp_passes.py, passes.py (what
-runs when). step.py and step_operator.py: one token, for decoding. layer.py, layer_conv.py, layer_norm.py:
-what surrounds the memory.
+Reading order: functions.py, gates.py, linear.py, linear_scan.py, mlp_forward.py, mlp_backward.py,
+mlp_write_backward.py, states.py (device code); plan.py, dispatch.py, launch.py, linear_passes.py,
+mlp_passes.py, passes.py (what runs when). step.py and step_operator.py: one token, for decoding. layer.py,
+layer_conv.py, layer_norm.py: what surrounds the memory.
 """
 
 from __future__ import annotations
