@@ -39,13 +39,13 @@ CARRY = Launch(warps=4, stages=3, block=32)
 SCAN = Launch(warps=4, stages=1, block=16)
 
 # A group is scanned where that many segments of so many steps run side by side: with fewer, the transitions
-# cost what the shorter chain gains; and three launches take as long as 8 steps.
+# cost what the shorter chain gains, and a short chain is done before three launches are.
 SCAN_SEGMENTS, SCAN_STEPS = 4, 8
 
 
 @lru_cache
 def scan_launch(dim: int, exact: bool) -> Launch:
-    """P of a head of 128 is 256 KiB; 4 warps spill 700 bytes a thread."""
+    """P of a head of 128 is 256 KiB: more than 4 warps have registers for."""
     return replace(SCAN, warps=8) if exact or dim > 64 else SCAN
 
 
@@ -78,7 +78,7 @@ def read_backward_launch(dim: int, chunk_size: int) -> Launch:
 
 @lru_cache
 def finish_launch(dim: int, chunk_size: int, exact: bool) -> Launch:
-    """Registers for three programs a core, four of less than 64 rows: 0.26 ms for 0.30, B16."""
+    """Registers for three programs a core, four of less than 64 rows."""
     if dim > 64 and chunk_size >= 64:
         return replace(FINISH, warps=8)
     return FINISH if exact else replace(FINISH, registers=168 if chunk_size >= 64 else 128)
