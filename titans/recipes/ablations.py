@@ -38,9 +38,11 @@ ABLATIONS: tuple[Callable[[], Recipe], ...] = (
     _ablation("no_forgetting", "No forget gate.", memory_forget_gate="none"),
     _ablation(
         "forget_per_channel",
-        "A forget gate for every channel of a memory layer's output, its parameters taken from the MLP.",
+        "Chunks of 16 and a forget gate for every channel of a memory layer's output, whose parameters are "
+        "taken from the MLP.",
         memory_forget_per_channel=True,
         intermediate_size=176,
+        chunk_size=16,  # beside chunk_16: a matrix of gates for each channel is [C, C], on the chunked path
     ),
     _ablation("one_gate", "One gate for all layers of the memory.", memory_gates_per_layer=False),
     _ablation("read_before_write", "Every token reads before it is written.", memory_read_before_write=True),
