@@ -408,15 +408,15 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ablations_needles.json": lambda record: ablations(record, table, "Ablations on needles"),
     "ops_gpu.json": ops_on_a_gpu,
     "ops_gpu_before.json": lambda record: ops_on_a_gpu(record, ", the kernels before"),
-    "models_gpu_f256.json": lambda record: models_on_a_gpu(record, ": F = 256 with the present kernels"),
+    "models_gpu.json": models_on_a_gpu,
+    "models_gpu_mac.json": lambda record: models_on_a_gpu(record, ": mac"),
+    "models_gpu_one_backward.json": lambda record: models_on_a_gpu(record, ": one backward a step"),
     "models_gpu_h100.json": lambda record: models_on_a_gpu(record, ", an H100"),
     "models_gpu_h100_windows.json": lambda record: models_on_a_gpu(record, ", an H100: mal and windows"),
     "models_gpu_h100_chunk16.json": lambda record: models_on_a_gpu(record, ", an H100: chunks of 16"),
-    "models_gpu.json": models_on_a_gpu,
     "models_gpu_uncompiled.json": lambda record: models_on_a_gpu(
         record, ", those with a memory not compiled"
     ),
-    "models_gpu_before.json": lambda record: models_on_a_gpu(record, ", an earlier run"),
     "kernel_resources.json": kernel_resources,
     "ops_cpu.json": memory_on_a_cpu,
     "stream_gpu.json": streams,
@@ -432,8 +432,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 # A plot of the same name in docs/images/: what it shows, and who draws it.
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Any], None]]] = {
     "ops_gpu.json": ("Time over Gated DeltaNet's by shape", plot_ops),
-    "models_gpu_h100.json": ("Tokens/s by length, an H100", plot_models),
     "models_gpu.json": ("Tokens/s by length", plot_models),
+    "models_gpu_h100.json": ("Tokens/s by length, an H100", plot_models),
     "stability_gpu.json": ("Norms over the steps, on the kernels", plot_stability),
     "stability_chunked.json": ("Norms over the steps, chunked path", plot_stability),
     "recall.json": ("Needles far beyond the training length", plot_needles),
