@@ -405,6 +405,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "mqar_attention.json": lambda record: mqar(record, table, "MQAR, full attention of width 256"),
     "mqar_noise.json": lambda record: mqar(record, table, "MQAR with noise"),
     "ablations.json": lambda record: ablations(record, table),
+    "ablations_short.json": lambda record: ablations(record, table, "Ablations of depth on short MQAR"),
     "ablations_needles.json": lambda record: ablations(record, table, "Ablations on needles"),
     "ops_gpu.json": ops_on_a_gpu,
     "ops_gpu_before.json": lambda record: ops_on_a_gpu(record, ", the kernels before"),

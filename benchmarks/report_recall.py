@@ -83,8 +83,9 @@ def ablations(record: Row, table: Table, title: str = "Ablations") -> str:
     from titans.recipes import RECIPES
 
     tasks = NEEDLES | {"mqar": "MQAR"}
+    width = _trained(record)[0]["recipe"]["model"]["hidden_size"]
     about = (
-        f"A memory alone (two blocks of width 128), trained on rows of at most {longest(record)} tokens, "
+        f"A memory alone (two blocks of width {width}), trained on rows of at most {longest(record)} tokens, "
         f"each time with one change: percent of needles answered, or of MQAR's values right. {_SEEDS}\n"
     )
     found = shares(record["rows"], lambda row: (row["model"], row["task"], row["length"]))

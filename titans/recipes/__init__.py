@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from titans.errors import UserError, unknown_name
-from titans.recipes.ablations import ABLATIONS
+from titans.recipes.ablations import ABLATIONS, SHORT_ABLATIONS
 from titans.recipes.babilong import (
     babilong_lmm,
     babilong_mag,
@@ -74,6 +74,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(mqar_mag, mqar_mac, mqar_mac_token, mqar_mal, mqar_attention, mqar_sliding),
         *(short_mqar_mag, short_mqar_mac, short_mqar_mac_token, short_mqar_sliding),
         *ABLATIONS,
+        *SHORT_ABLATIONS,
     )
 }
 

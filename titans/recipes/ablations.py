@@ -2,15 +2,17 @@
 
 The base is a memory alone (lmm) of two blocks of width 128, as in the paper but for its size: two layers,
 momentum, gates per layer, a forget gate, convolutions, persistent tokens. It learns MQAR in rows that are
-short enough for what has no kernels. (On needles, 700 steps were too few: two seeds of a base answered 10 and
-85 % of the easiest.)
+short enough for what has no kernels; the depths also on short MQAR, minutes of a CPU core each. (On
+needles, 700 steps were too few: two seeds of a base answered 10 and 85 % of the easiest.)
 """
 
 from collections.abc import Callable
 
-from titans.recipes.mqar import mqar_lmm
+from titans.recipes.mqar import mqar_lmm, shortened
 from titans.recipes.needle import with_model
 from titans.training.recipe import Recipe
+
+LARGE_STEP = 0.5  # the bound for two layers; that for three is a fifth of it, for four a 25th
 
 
 def ablation_base() -> Recipe:
@@ -33,6 +35,18 @@ ABLATIONS: tuple[Callable[[], Recipe], ...] = (
     _ablation("depth_1", "A linear memory.", memory_depth=1),
     _ablation("depth_3", "A memory of three layers.", memory_depth=3),
     _ablation("depth_4", "A memory of four layers.", memory_depth=4),
+    _ablation(
+        "depth_3_large_step",
+        "Three layers whose steps are bounded as the base's.",
+        memory_depth=3,
+        memory_max_step=LARGE_STEP,
+    ),
+    _ablation(
+        "depth_4_large_step",
+        "Four layers whose steps are bounded as the base's.",
+        memory_depth=4,
+        memory_max_step=LARGE_STEP,
+    ),
     _ablation("no_convolution", "Queries, keys and values of each token alone.", conv_size=1),
     _ablation("no_momentum", "No past surprise.", memory_momentum=False),
     _ablation("no_forgetting", "No forget gate.", memory_forget_gate="none"),
@@ -49,4 +63,19 @@ ABLATIONS: tuple[Callable[[], Recipe], ...] = (
     _ablation("no_persistent", "No persistent tokens.", num_persistent_tokens=0),
     _ablation("chunk_16", "Inner gradients taken anew every 16 tokens.", chunk_size=16),
     _ablation("chunk_256", "The same every 256 tokens.", chunk_size=256, segment_size=256),
+)
+
+
+def _short(ablation: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    """The recipe ``short_ablation_<name>``."""
+
+    def recipe() -> Recipe:
+        return shortened(ablation())
+
+    recipe.__name__, recipe.__doc__ = f"short_{ablation.__name__}", ablation.__doc__
+    return recipe
+
+
+SHORT_ABLATIONS = tuple(
+    _short(each) for each in ABLATIONS if "depth" in each.__name__ or each is ablation_base
 )

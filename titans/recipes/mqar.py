@@ -76,25 +76,26 @@ def mqar_sliding() -> Recipe:
 
 def short_mqar_mac() -> Recipe:
     """mqar_mac on the short ones."""
-    return _short(mqar_mac())
+    return shortened(mqar_mac())
 
 
 def short_mqar_mac_token() -> Recipe:
     """mqar_mac_token on the short ones."""
-    return _short(mqar_mac_token())
+    return shortened(mqar_mac_token())
 
 
 def short_mqar_mag() -> Recipe:
     """mqar_mag on the short ones."""
-    return _short(mqar_mag())
+    return shortened(mqar_mag())
 
 
 def short_mqar_sliding() -> Recipe:
     """mqar_sliding on the short ones: what needs no memory."""
-    return _short(mqar_sliding())
+    return shortened(mqar_sliding())
 
 
-def _short(recipe: Recipe) -> Recipe:
+def shortened(recipe: Recipe) -> Recipe:
+    """On the short ones, as small as fits them."""
     assert isinstance(recipe.data, TaskSettings)
     data = replace(recipe.data, lengths=(32, 64), pairs=(4,), vocab_size=64, tokens_per_batch=2048)
     small = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 128, "chunk_size": 16}
