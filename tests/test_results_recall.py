@@ -26,7 +26,7 @@ def report(monkeypatch) -> ModuleType:
 def rows_of(model: str, seed: int, share: float, of_test: dict[str, Any]) -> list[dict[str, Any]]:
     shared = {"model": model, "seed": seed}
     trained = {"kind": "training", "parameters": 3.7e6, "ending": "finished", "steps": 10}
-    trained |= {"recipe": {"data": {"lengths": [64, 4096]}}}
+    trained |= {"recipe": {"data": {"lengths": [64, 4096]}, "model": {"hidden_size": 48}}}
     answered = {"kind": "test", "tokens_asked": 100, "tokens_correct": int(100 * share)}
     if "samples" in of_test:
         answered["correct"] = int(share * of_test["samples"])
@@ -60,6 +60,7 @@ def test_tables_show_mean_and_range_over_seeds(report, section, plot, model, of_
     page = getattr(report, section)({"rows": rows}, report.table, *title)
     assert line in page
     assert "| 3.70 | finished | 10 |" in page
+    assert ("blocks of width 48" in page) == (section == "ablations")
     if plot is not None:
         getattr(report, plot)({"rows": rows}, figure)
         texts = [text.get_text() for axes in figure.axes for text in axes.texts]
