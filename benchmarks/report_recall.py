@@ -175,7 +175,7 @@ def spread(values: Iterable[float]) -> tuple[float, float, float]:
 
 def short_name(model: str) -> str:
     """needle_mag -> mag: the section says what on."""
-    for family in ("needle_", "babilong_", "short_mqar_", "mqar_", "ablation_"):
+    for family in ("needle_", "babilong_", "short_mqar_", "mqar_", "short_ablation_", "ablation_"):
         model = model.removeprefix(family)
     return model
 

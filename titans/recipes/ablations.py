@@ -8,11 +8,12 @@ needles, 700 steps were too few: two seeds of a base answered 10 and 85 % of the
 
 from collections.abc import Callable
 
+from titans.nn.gates import DEFAULT_MAX_STEP
 from titans.recipes.mqar import mqar_lmm, shortened
 from titans.recipes.needle import with_model
 from titans.training.recipe import Recipe
 
-LARGE_STEP = 0.5  # the bound for two layers; that for three is a fifth of it, for four a 25th
+LARGE_STEP = DEFAULT_MAX_STEP[2]  # the base's; three and four layers have smaller bounds of their own
 
 
 def ablation_base() -> Recipe:
